@@ -1,0 +1,822 @@
+"""
+AdaPonderLM: a language model in which every token decides how many passes through the network it needs.
+
+Notable choices, in reading order:
+- The backbone is GPT-NeoX (Pythia): parallel attention and MLP, partial rotary, LayerNorm with bias, untied embeddings.
+- It runs n_iter times through the same weights. Between two iterations a token's input moves by its pondering
+  embedding, the expected embedding of its next token (PonderLM, arXiv 2505.20674).
+- One gate MLP per iteration scales that move; a token whose gate falls under tau halts for good (AdaPonderLM, arXiv 2603.01914).
+- A halted token keeps its hidden state and its K/V, so later iterations cannot change anything about it. Hence three
+  executions of one function: dense (training), packed (only active tokens run), cached (decoding). They share `Block`;
+  only the attention function that is handed to it differs.
+- cfg.n_iter=1 is vanilla Pythia, cfg.halting=False is fixed-depth PonderLM: same code, same weights.
+
+This file needs torch and nothing else: copy it into your project.
+"""
+import json
+import math
+import os
+from collections import deque
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Callable, NamedTuple, Optional
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass
+class AdaPonderConfig:
+    vocab_size: int = 50304        # tokens in the embedding tables (pad to a multiple of 64)
+    block_size: int = 2048         # longest context, tokens
+    n_layer: int = 6               # blocks in one iteration
+    n_head: int = 8                # attention heads a block
+    n_embd: int = 512              # width d of the residual stream; the MLPs are 4 d wide
+    n_iter: int = 4                # K, passes through the backbone; 1 is vanilla Pythia
+    halting: bool = True           # learned per-token depth; False is fixed-depth PonderLM
+    tau: float = 1e-4              # a token halts when its gate, in (0, 1), falls under this
+    rotary_pct: float = 0.25       # share of each head's dimensions that rotate
+    rotary_base: float = 10000.0   # longest rotary wavelength is 2 pi times about this, positions
+    scale_embeds: bool = True      # multiply embeddings by sqrt(d), in E and in P V alike
+    norm_eps: float = 1e-5         # LayerNorm's epsilon
+    gate_bias: float = 4.0         # logit at which gates start: sigmoid(4) = 0.98, open
+    pool: str = 'live'             # ponder loss: 'live' counts halted tokens as paid; 'all' is the paper's pool of every gate
+    feedback: str = 'embedding'    # what an iteration hands to the next: 'embedding' (PonderLM) or 'hidden' (a loop transformer)
+
+    def __post_init__(self):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type is float and type(value) is int:
+                setattr(self, f.name, value := float(value))
+            if type(value) is not f.type:
+                raise ValueError(f'{f.name} must be of type {f.type.__name__}, not {value!r}')
+        for name in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd', 'n_iter'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name} must be at least 1, not {getattr(self, name)}')
+        if self.n_embd % self.n_head:
+            raise ValueError(f'n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})')
+        if not 0 <= self.tau < 1:
+            raise ValueError(f'tau must be in [0, 1), not {self.tau}')
+        if not 0 <= self.rotary_pct <= 1 or self.rotary_dims % 2:
+            raise ValueError(f'rotary_pct ({self.rotary_pct}) of a head of {self.head_size} must be an even number of dimensions')
+        if not self.rotary_base > 0 or not self.norm_eps > 0:
+            raise ValueError('rotary_base and norm_eps must be positive')
+        if self.pool not in ('live', 'all'):
+            raise ValueError(f"pool must be 'live' or 'all', not {self.pool!r}")
+        if self.feedback not in ('embedding', 'hidden'):
+            raise ValueError(f"feedback must be 'embedding' or 'hidden', not {self.feedback!r}")
+
+    @property
+    def head_size(self):
+        return self.n_embd // self.n_head
+
+    @property
+    def rotary_dims(self):
+        return int(self.head_size * self.rotary_pct)
+
+    @property
+    def embed_scale(self):
+        return math.sqrt(self.n_embd) if self.scale_embeds else 1.0
+
+    def flops(self, context):
+        """Forward FLOPs of one token that attends to `context` keys (in a causal pass over T tokens: (T + 1) / 2 on average).
+
+        Multiplications and additions of the matrix products, two per multiply-add; norms, softmax and GELU are left out.
+        linear and attention are paid once an iteration, gate and ponder once after each iteration but the last, unembed once.
+        """
+        d = self.n_embd
+        return dict(
+            linear=self.n_layer * 24 * d * d,          # QKV 6 d^2, output 2 d^2, MLP 16 d^2
+            attention=self.n_layer * 4 * context * d,  # q K^T and P V
+            gate=8 * d * d + 8 * d if self.halting and self.n_iter > 1 else 0,
+            ponder=4 * d * self.vocab_size if self.feedback == 'embedding' else 0,  # h U^T and P V
+            unembed=2 * d * self.vocab_size)
+
+    def inference_flops(self, depth, context, last=None):
+        """Forward FLOPs of one token that ran `depth` iterations (int or tensor, 1 .. last; last: max_iter, default n_iter)."""
+        f = self.flops(context)
+        gates = depth - (depth == (last or self.n_iter)) * 1  # the last iteration has no gate
+        return depth * (f['linear'] + f['attention']) + gates * f['gate'] + (depth - 1) * f['ponder'] + f['unembed']
+
+
+def rope_table(pos, cfg, dtype):
+    """cos and sin of the rotary angles at positions pos (...): two tensors (..., 1, rotary_dims / 2). Angles in float64: exact at any length."""
+    high = torch.float32 if pos.device.type == 'mps' else torch.float64
+    freq = cfg.rotary_base ** (-torch.arange(0, cfg.rotary_dims, 2, device=pos.device, dtype=high) / max(cfg.rotary_dims, 1))
+    angle = (pos.to(high)[..., None] * freq).unsqueeze(-2)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x, rope):
+    """Rotate the first rotary_dims of each head, GPT-NeoX style: dimension j pairs with j + rotary_dims / 2. x: (..., nh, hs)."""
+    cos, sin = (t.to(x.dtype) for t in rope)
+    half = cos.size(-1)
+    a, b, rest = x.split([half, half, x.size(-1) - 2 * half], dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+
+
+# The three attention functions: attend(q, k, v, kv, at) -> y, kv. q, k, v, y: (..., nh, hs) of the tokens that run.
+# kv holds K and V of every token of the layer; the function puts the fresh k, v of the running tokens into it. This is KV reuse:
+# K^(i) <- where(m^i, K fresh, K^(i-1)).
+
+def dense_attention(q, k, v, kv, m):
+    """All tokens run; m (B, T) bool keeps the K/V of halted ones as they were. q, k, v: (B, T, nh, hs); kv: two (B, nh, T, hs) or None."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs)
+    if kv is not None:
+        keep = m[:, None, :, None]
+        k, v = torch.where(keep, k, kv[0]), torch.where(keep, v, kv[1])
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return y.transpose(1, 2), (k, v)
+
+
+def packed_attention(q, k, v, kv, at):
+    """Only the active tokens run. q, k, v: (N, nh, hs), in order of row, then position; kv: two (B, nh, T, hs) or None.
+
+    at: (row, pos, counts), which tokens these are: row, pos (N,); counts: how many there are in each row, a list of length B.
+    """
+    row, pos, counts = at
+    if kv is None:  # first iteration: everyone is active
+        y, kv = dense_attention(*(t.unflatten(0, (len(counts), -1)) for t in (q, k, v)), None, None)
+        return y.flatten(0, 1), kv
+    K, V = (old.index_put((row[:, None], torch.arange(old.size(1), device=row.device), pos[:, None]), new)
+            for old, new in zip(kv, (k, v)))
+    if q.is_cuda:  # flash attention over every position beats a masked kernel over the active ones
+        full = q.new_zeros(K.size(0), K.size(2), *q.shape[1:]).index_put((row, pos), q)  # (B, T, nh, hs)
+        y = F.scaled_dot_product_attention(full.transpose(1, 2), K, V, is_causal=True)
+        return y.transpose(1, 2)[row, pos], (K, V)
+    out = []
+    for b, (qb, pb) in enumerate(zip(q.split(counts), pos.split(counts))):
+        for qc, pc in zip(qb.split(128), pb.split(128)):  # short runs of queries, so that keys after the run are never touched
+            if len(pc):
+                n = int(pc[-1]) + 1
+                mask = torch.arange(n) <= pc[:, None]
+                y = F.scaled_dot_product_attention(qc.transpose(0, 1)[None], K[b:b + 1, :, :n], V[b:b + 1, :, :n], attn_mask=mask)
+                out.append(y[0].transpose(0, 1))
+    return torch.cat(out), (K, V)
+
+
+def cached_attention(q, k, v, kv, at):
+    """One token of each of N sequences runs, each at its own iteration. q, k, v: (N, nh, hs); kv: two (slots, n_iter, nh, L, hs), written in place.
+
+    at: (slot, it, pos), (N,) each on the device, and the same three as lists.
+    """
+    slot, it, pos, where = at
+    for cache, new in zip(kv, (k, v)):
+        cache[slot, it, :, pos] = new
+    if q.is_cuda:  # one masked kernel; the caches are gathered up to the longest sequence
+        n = max(p for _, _, p in where) + 1
+        K, V = (cache[slot, it, :, :n] for cache in kv)
+        mask = (torch.arange(n, device=q.device) <= pos[:, None])[:, None, None]
+        return F.scaled_dot_product_attention(q[:, :, None], K, V, attn_mask=mask)[:, :, 0], kv
+    y = [F.scaled_dot_product_attention(q[n:n + 1, :, None], kv[0][b, i, None, :, :p + 1], kv[1][b, i, None, :, :p + 1])
+         for n, (b, i, p) in enumerate(where)]  # views: no copy of a cache, and no slot pays for another's length
+    return torch.cat(y)[:, :, 0], kv
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.n_head = cfg.n_head
+        self.qkv = nn.Linear(cfg.n_embd, 3 * cfg.n_embd)  # rows in GPT-NeoX's order: for each head its q, k, v
+        self.proj = nn.Linear(cfg.n_embd, cfg.n_embd)
+
+    def forward(self, x, rope, attend, kv, at):
+        q, k, v = self.qkv(x).unflatten(-1, (self.n_head, -1)).chunk(3, dim=-1)  # (..., nh, hs)
+        y, kv = attend(rotate(q, rope), rotate(k, rope), v, kv, at)
+        return self.proj(y.flatten(-2)), kv
+
+
+class MLP(nn.Module):
+    def __init__(self, n_in, n_hidden, n_out):
+        super().__init__()
+        self.fc = nn.Linear(n_in, n_hidden)
+        self.proj = nn.Linear(n_hidden, n_out)
+
+    def forward(self, x):
+        return self.proj(F.gelu(self.fc(x)))
+
+
+class Block(nn.Module):
+    """One GPT-NeoX layer, for tokens in any arrangement: x (..., d). How they see each other is `attend`'s business."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(cfg.n_embd, eps=cfg.norm_eps)
+        self.attn = Attention(cfg)
+        self.ln_2 = nn.LayerNorm(cfg.n_embd, eps=cfg.norm_eps)
+        self.mlp = MLP(cfg.n_embd, 4 * cfg.n_embd, cfg.n_embd)
+
+    def forward(self, x, rope, attend, kv, at):
+        y, kv = self.attn(self.ln_1(x), rope, attend, kv, at)
+        return x + y + self.mlp(self.ln_2(x)), kv
+
+
+class Gate(MLP):
+    """s = sigmoid(MLP(h)): (..., d) -> (...), in (0, 1), at least float32."""
+
+    def forward(self, h):
+        g = super().forward(h).squeeze(-1)
+        return torch.sigmoid(g.to(torch.promote_types(g.dtype, torch.float32)))
+
+
+@dataclass
+class Output:
+    hidden: torch.Tensor                         # (B, T, d) each token's last state, the final LayerNorm included
+    depth: torch.Tensor                          # (B, T) int64, iterations that ran, 1 .. n_iter
+    gates: torch.Tensor                          # (B, T, n_iter - 1) gate values; 0 where the token had halted before
+    unembed: Callable                            # hidden -> logits
+    nll: Optional[torch.Tensor] = None           # (B, T) nats, detached; 0 where the target is -1
+    ce_loss: Optional[torch.Tensor] = None       # () mean of nll, nats a token
+    ponder_loss: Optional[torch.Tensor] = None   # () mean of the smallest k of the gates, see ponder_loss
+    loss: Optional[torch.Tensor] = None          # () ce_loss + ponder_lambda * ponder_loss
+
+    @property
+    def logits(self):
+        """(B, T, vocab), computed when asked for: training never holds them."""
+        return self.unembed(self.hidden)
+
+
+class Step(NamedTuple):
+    """One generated token. depth and gates are those of the position that predicted it: the compute spent on finding this token."""
+    seq: int      # index of the prompt that it continues
+    token: int
+    depth: int    # 1 .. n_iter
+    gates: list   # the gate values that were evaluated
+    nll: float    # nats, under the model itself (temperature 1, nothing cut off)
+
+
+class KVCache:
+    """K and V of every layer, slot and iteration: two tensors (n_layer, slots, n_iter, nh, length, hs).
+
+    Iteration i of a new token attends to iteration i of all earlier ones, hence n_iter times a plain model's cache:
+    2 * n_layer * n_iter * n_embd * length * bytes a slot (Pythia-70M's shape, K = 4, 2048 tokens, float32: 201 MB).
+    """
+
+    def __init__(self, cfg, slots, length, device, dtype):
+        shape = (cfg.n_layer, slots, cfg.n_iter, cfg.n_head, length, cfg.head_size)
+        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+
+    def fill(self, slot, i, kvs):
+        """Write a whole prompt's K/V, (1, nh, T, hs) a layer, as the slot's iteration i."""
+        for l, (k, v) in enumerate(kvs):
+            self.k[l, slot, i, :, :k.size(2)], self.v[l, slot, i, :, :v.size(2)] = k[0], v[0]
+
+    def repeat(self, slot, i, pos):
+        """The token at pos halted after iteration i: later iterations see it as it was then."""
+        for cache in (self.k, self.v):
+            cache[:, slot, i + 1:, :, pos] = cache[:, slot, i:i + 1, :, pos]
+
+
+class AdaPonderLM(nn.Module):
+    CHUNK = 2 ** 24  # logits held at a time in training, numbers; at vocabulary 50304 this is 333 tokens
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.remat = False  # training: recompute each iteration's backbone in backward, memory of one instead of n_iter
+        self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        self.ln_f = nn.LayerNorm(cfg.n_embd, eps=cfg.norm_eps)
+        self.unembed = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
+        n_gate = cfg.n_iter - 1 if cfg.halting else 0
+        self.gates = nn.ModuleList(Gate(cfg.n_embd, 4 * cfg.n_embd, 1) for _ in range(n_gate))
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """PonderLM's initialisation: normal cut at 3 sigma, std sqrt(2 / 5d), a block's two outputs damped by sqrt(2 n_layer K)."""
+        std = math.sqrt(2 / (5 * self.cfg.n_embd))
+        damp = math.sqrt(2 * self.cfg.n_layer * self.cfg.n_iter)
+        for name, p in self.named_parameters():
+            if p.dim() > 1:
+                s = std / damp if name.startswith('blocks') and 'proj' in name else std
+                nn.init.trunc_normal_(p, std=s, a=-3 * s, b=3 * s)
+            elif name.endswith('bias'):
+                p.zero_()
+        for gate in self.gates:  # open, and equal for all tokens, until training says otherwise
+            gate.proj.weight.zero_()
+            gate.proj.bias.fill_(self.cfg.gate_bias)
+
+    # one iteration, and what happens between two
+
+    def backbone(self, x, rope, attend, kvs, at):
+        """h = Backbone(E), final LayerNorm included. x: (..., d); kvs: one kv a layer (see the attention functions). Returns h, kvs."""
+        new = []
+        for block, kv in zip(self.blocks, kvs):
+            x, kv = block(x, rope, attend, kv, at)
+            new.append(kv)
+        return self.ln_f(x), new
+
+    def decide(self, i, h, row, pos, policy=None, tau=None, halting=None):
+        """Gate i and the halting decision. h: (..., d) -> s (...) in (0, 1), on (...) bool: True = this token goes on to iteration i + 1.
+
+        policy: fn(i, s, h, row, pos) -> on, default s >= tau; row, pos: int64 shaped like s, which token each is.
+        """
+        if self.gates and halting is not False:
+            s = self.gates[i](h)
+        else:
+            s = torch.ones(h.shape[:-1], device=h.device, dtype=torch.promote_types(h.dtype, torch.float32))
+        on = policy(i, s, h, row, pos) if policy else s >= (self.cfg.tau if tau is None else tau)
+        return s, on
+
+    def expect(self, logits):
+        """The pondering embedding of tokens with these logits, e = softmax(logits) (sqrt(d) V). logits: (N, vocab) -> (N, d)."""
+        return F.softmax(logits, dim=-1).to(self.embed.weight.dtype) @ self.embed.weight * self.cfg.embed_scale
+
+    def ponder(self, h):
+        """e = softmax(h U^T) (sqrt(d) V) without ever holding all logits. h: (N, d) -> (N, d)."""
+        if self.cfg.feedback == 'hidden':
+            return h
+        if len(h) * self.cfg.vocab_size > self.CHUNK // 4 and h.device.type == 'cpu':
+            # softmax attention of h over the rows of U with values V: one fused kernel; it needs many queries to be busy
+            dtype = self.embed.weight.dtype
+            e = F.scaled_dot_product_attention(h[None, None].to(dtype), self.unembed.weight[None, None],
+                                               self.embed.weight[None, None], scale=1.0)
+            return e[0, 0] * self.cfg.embed_scale
+        return self.chunked(lambda x: self.expect(self.unembed(x)), h)
+
+    def token_nll(self, h, targets):
+        """-log softmax(h U^T)[target], nats; 0 where target is -1. h: (N, d), targets: (N,) -> (N,) float32."""
+        return self.chunked(lambda x, t: F.cross_entropy(self.unembed(x).float() if x.dtype != torch.float64 else self.unembed(x),
+                                                         t, ignore_index=-1, reduction='none'), h, targets)
+
+    def chunked(self, fn, *xs):
+        """fn on runs of tokens; each run's logits live only inside fn, in backward too, where they are computed again."""
+        n = max(1, self.CHUNK // self.cfg.vocab_size)
+        if len(xs[0]) <= n:
+            return fn(*xs)
+        return torch.cat([checkpoint(fn, *part, use_reentrant=False) for part in zip(*(x.split(n) for x in xs))])
+
+    def embed_tokens(self, idx):
+        return self.embed(idx) * self.cfg.embed_scale
+
+    # the executions over whole sequences
+
+    def dense(self, idx, policy, tau, max_iter, halting):
+        """Every token runs every iteration; the mask decides what of it counts. Returns hidden, depth, gates, live: the last two (B, T, n_iter - 1)."""
+        B, T = idx.shape
+        row, pos = torch.meshgrid(torch.arange(B, device=idx.device), torch.arange(T, device=idx.device), indexing='ij')
+        E = self.embed_tokens(idx)  # (B, T, d)
+        rope = rope_table(pos[0], self.cfg, E.dtype)
+        m = torch.ones_like(idx, dtype=torch.bool)  # m^0 = 1
+        depth, kvs, hidden = torch.zeros_like(idx), [None] * self.cfg.n_layer, None
+        gates, live = [], []
+        for i in range(max_iter):
+            if self.remat and torch.is_grad_enabled():
+                h, kvs = checkpoint(self.backbone, E, rope, dense_attention, kvs, m, use_reentrant=False)
+            else:
+                h, kvs = self.backbone(E, rope, dense_attention, kvs, m)
+            hidden = h if i == 0 else torch.where(m[..., None], h, hidden)
+            depth = depth + m
+            if i == max_iter - 1:
+                break
+            s, on = self.decide(i, hidden, row, pos, policy, tau, halting)
+            on = m & on  # monotone: m^(i+1) = m^i * 1[s^i >= tau]
+            gates.append((s, m))
+            live.append(on)
+            m = on
+            if policy is None and (halting is False or not self.gates):
+                E = E + self.ponder(hidden.flatten(0, 1)).view_as(E)
+            else:  # E^(i+1) = E^i + m^(i+1) s^i e^i, computed where m^(i+1) = 1
+                e = self.ponder(hidden[m]) * s[m][:, None]
+                E = E + torch.zeros_like(E).index_put((row[m], pos[m]), e.to(E.dtype))
+        return hidden, depth, gates, live
+
+    def packed(self, idx, policy, tau, max_iter, halting, store=None, first_row=0):
+        """Only active tokens run. As dense(); store(i, kvs), if given, receives each iteration's K/V of all tokens."""
+        B, T = idx.shape
+        row, pos = (t.flatten() for t in torch.meshgrid(torch.arange(B, device=idx.device), torch.arange(T, device=idx.device), indexing='ij'))
+        E = self.embed_tokens(idx).flatten(0, 1)  # (N, d), N = B * T
+        rope = rope_table(pos, self.cfg, E.dtype)
+        depth, kvs, hidden = torch.zeros_like(idx), [None] * self.cfg.n_layer, None
+        counts, gates, live = [T] * B, [], []
+        for i in range(max_iter):
+            h, kvs = self.backbone(E, rope, packed_attention, kvs, (row, pos, counts))
+            if store:
+                store(i, kvs)
+            hidden = h.view(B, T, -1) if i == 0 else hidden.index_put((row, pos), h)
+            depth = depth.index_put((row, pos), torch.tensor(i + 1, device=idx.device))
+            if i == max_iter - 1:
+                break
+            s, on = self.decide(i, h, row + first_row, pos, policy, tau, halting)
+            spread = torch.zeros(B, T, device=idx.device, dtype=s.dtype).index_put((row, pos), s)
+            ran = torch.zeros_like(idx, dtype=torch.bool).index_put((row, pos), torch.ones_like(on))
+            gates.append((spread, ran))
+            live.append(torch.zeros_like(ran).index_put((row, pos), on))
+            row, pos, rope = row[on], pos[on], tuple(t[on] for t in rope)
+            counts = torch.bincount(row, minlength=B).tolist()
+            if not len(row):
+                break
+            E = E[on] + s[on][:, None].to(E.dtype) * self.ponder(h[on]).to(E.dtype)
+        return hidden, depth, gates, live
+
+    def forward(self, idx, targets=None, execution='dense', policy=None, tau=None, max_iter=None, halting=None, k=0.0, ponder_lambda=0.0):
+        """The whole model on sequences. Returns an Output.
+
+        idx, targets: (B, T) int64, T <= block_size; a target of -1 is ignored.
+        execution: 'dense' or 'packed', the same function computed two ways.
+        policy, tau: the halting decision, see decide(). max_iter: stop after this many iterations.
+        halting=False: ignore the gates in this call (s = 1, nobody halts), the objective of training's first stage.
+        k: fraction of all gates in the ponder pool; ponder_lambda: its weight.
+        Raises ValueError for a sequence longer than block_size or an unknown execution.
+        """
+        B, T = idx.shape
+        max_iter = self.check_max_iter(max_iter)
+        if not 1 <= T <= self.cfg.block_size:
+            raise ValueError(f'a sequence of {T} tokens does not fit: this model takes 1 to block_size = {self.cfg.block_size}')
+        if execution not in ('dense', 'packed'):
+            raise ValueError(f"execution must be 'dense' or 'packed', not {execution!r}")
+        hidden, depth, gates, live = getattr(self, execution)(idx, policy, tau, max_iter, halting)
+        shown = torch.zeros(B, T, self.cfg.n_iter - 1, device=idx.device, dtype=gates[0][0].dtype if gates else hidden.dtype)
+        for i, (s, m) in enumerate(gates):
+            shown[..., i] = (s * m).detach()
+        out = Output(hidden, depth, shown, self.unembed)
+        if targets is not None:
+            nll = self.token_nll(hidden.flatten(0, 1), targets.flatten())
+            out.nll = nll.detach().view(B, T)
+            out.ce_loss = nll.sum() / (targets != -1).sum()
+            out.ponder_loss = self.ponder_loss(gates, live, k, execution)
+            out.loss = out.ce_loss + ponder_lambda * out.ponder_loss
+        return out
+
+    def ponder_loss(self, gates, live, k, execution='dense'):
+        """Mean of the smallest k fraction of the gate values, a scalar (arXiv 2603.01914; see cfg.pool).
+
+        pool='all' takes the values of every token and gate. pool='live' puts 0, which has no gradient, in place of those that led to a halt or came
+        after one: a halted iteration is paid for, so pressure ends when the share k has halted, and never pushes tokens far under tau.
+        """
+        if not gates:
+            return torch.zeros((), device=self.embed.weight.device)
+        s = torch.stack([s for s, _ in gates]).flatten()
+        if self.cfg.pool == 'live':
+            s = torch.where(torch.stack(live).flatten(), s, 0.0)
+        elif execution == 'packed' and torch.is_grad_enabled():
+            raise ValueError("pool='all' needs the gates of halted tokens, which only execution='dense' computes")
+        n = torch.as_tensor(k, device=s.device, dtype=s.dtype) * len(s)  # a tensor, so that a changing k does not recompile
+        weight = (n - torch.arange(len(s), device=s.device)).clamp(0, 1)  # the n smallest, the last one in part
+        return (s.sort().values * weight).sum() / n.clamp(min=1)
+
+    def check_max_iter(self, max_iter):
+        if max_iter is None:
+            return self.cfg.n_iter
+        if not 1 <= max_iter <= self.cfg.n_iter:
+            raise ValueError(f'max_iter must be 1 to n_iter = {self.cfg.n_iter}, not {max_iter}')
+        return max_iter
+
+    # generation
+
+    def prefill(self, tokens, seq, slot, cache, policy, tau, max_iter):
+        """Run a prompt packed and fill its cache slot. tokens: list of int. Returns the last token's hidden (d,), depth, gates."""
+        done = -1
+
+        def store(i, kvs):
+            nonlocal done, last
+            cache.fill(slot, i, kvs)
+            done, last = i, kvs
+        last = None
+        idx = torch.tensor([tokens], device=self.embed.weight.device)
+        hidden, depth, gates, _ = self.packed(idx, policy, tau, max_iter, None, store, first_row=seq)
+        for i in range(done + 1, self.cfg.n_iter):  # everyone had halted: the later iterations see the same
+            cache.fill(slot, i, last)
+        d = int(depth[0, -1])
+        return hidden[0, -1], d, [float(s[0, -1]) for s, m in gates[:d]]
+
+    @torch.inference_mode()
+    def stream(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, tau=None, max_iter=None,
+               policy=None, slots=1, stop_token=None):
+        """Continue many prompts with a KV cache; yields one Step for each new token, as it is made.
+
+        prompts: list of lists of token ids, of any lengths; max_new_tokens: an int, or one for each prompt.
+        slots: sequences in flight. All iterations share their weights, so slots at different iterations of different tokens go through one
+        pass: a slot whose token halted starts its next token in the very next pass, and a finished sequence's slot takes the next prompt.
+        generator: a torch.Generator, or a list of one for each prompt; from a single one every prompt gets its own, so that the text of a
+        prompt does not depend on what runs beside it. stop_token: ends a sequence (and is yielded).
+        A sequence that outgrows block_size goes on with its last part, see window(). temperature=0 is greedy.
+        """
+        max_iter = self.check_max_iter(max_iter)
+        self.check_prompts(prompts, temperature, top_k, top_p)
+        budget = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        text = [list(p) for p in prompts]          # each sequence so far
+        rngs = per_sequence(generator, len(prompts))
+        device, dtype = self.embed.weight.device, self.embed.weight.dtype
+        slots = min(slots, len(prompts))
+        length = min(self.cfg.block_size, max((len(p) + n for p, n in zip(text, budget)), default=1))
+        cache = KVCache(self.cfg, slots, length, device, dtype)
+        queue = deque(i for i, n in enumerate(budget) if n > 0)
+        seq = [None] * slots                       # which prompt a slot works on
+        start, pos, it = [0] * slots, [0] * slots, [0] * slots  # its window; position in it and iteration of the token in flight
+        values = [[] for _ in range(slots)]        # gate values of that token
+        E = torch.zeros(slots, self.cfg.n_embd, device=device, dtype=dtype)
+        while True:
+            ready = []  # (slot, hidden, depth): tokens that are done, so their successor can be drawn
+            for b in range(slots):
+                if seq[b] is None and queue:
+                    seq[b] = queue.popleft()
+                    start[b] = self.window(len(text[seq[b]]))
+                    h, d, values[b] = self.prefill(text[seq[b]][start[b]:], seq[b], b, cache, policy, tau, max_iter)
+                    ready.append((b, self.unembed(h), d))
+            fresh = {b for b, _, _ in ready}
+            busy = [b for b in range(slots) if seq[b] is not None and b not in fresh]
+            if not busy and not ready:
+                return
+            if busy:  # one pass of the backbone for every slot, whatever its iteration
+                where = [(b, it[b], pos[b]) for b in busy]
+                slot_t, it_t, pos_t = torch.tensor(where, device=device).unbind(1)
+                h, _ = self.backbone(E[slot_t], rope_table(pos_t, self.cfg, dtype), cached_attention,
+                                     [(cache.k[l], cache.v[l]) for l in range(self.cfg.n_layer)], (slot_t, it_t, pos_t, where))
+                on, s = [False] * len(busy), [None] * len(busy)
+                for i in sorted({i for _, i, _ in where if i < max_iter - 1}):
+                    at = [n for n, w in enumerate(where) if w[1] == i]
+                    rows = torch.tensor([seq[busy[n]] for n in at], device=device)
+                    si, oni = self.decide(i, h[at], rows, pos_t[at], policy, tau)
+                    for n, sn, onn in zip(at, si.tolist(), oni.tolist()):
+                        on[n], s[n] = onn, sn
+                        values[busy[n]].append(sn)
+                logits = self.unembed(h)  # needed by all: to ponder, or to draw the next token
+                go = [n for n in range(len(busy)) if on[n]]
+                if go:
+                    e = h[go] if self.cfg.feedback == 'hidden' else self.expect(logits[go])
+                    E[slot_t[go]] += torch.tensor([s[n] for n in go], device=device, dtype=dtype)[:, None] * e
+                for n, b in enumerate(busy):
+                    if on[n]:
+                        it[b] += 1
+                    else:
+                        cache.repeat(b, it[b], pos[b])
+                        ready.append((b, logits[n], it[b] + 1))
+            if not ready:
+                continue
+            logits = torch.stack([x for _, x, _ in ready])
+            u = torch.tensor([torch.rand((), generator=rngs[seq[b]], dtype=torch.float64) for b, _, _ in ready], device=device)
+            drawn = sample(logits, u, temperature, top_k, top_p)
+            nll = F.cross_entropy(logits.float(), drawn, reduction='none').tolist()
+            for (b, _, d), token, x in zip(ready, drawn.tolist(), nll):
+                i = seq[b]
+                yield Step(i, token, d, values[b], x)
+                text[i].append(token)
+                budget[i] -= 1
+                values[b], it[b] = [], 0
+                if budget[i] == 0 or token == stop_token:
+                    seq[b] = None
+                elif self.window(len(text[i])) != start[b]:  # outgrown: it comes in anew, as a prompt
+                    queue.appendleft(i)
+                    seq[b] = None
+                else:
+                    pos[b] = len(text[i]) - 1 - start[b]
+                    E[b] = self.embed_tokens(torch.tensor(token, device=device))
+
+    @torch.inference_mode()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, tau=None, max_iter=None,
+                 policy=None, execution='cached'):
+        """Continue idx (B, T) by max_new_tokens each: (B, T + max_new_tokens). Arguments as stream().
+
+        execution: 'cached', or 'dense' / 'packed', which run the whole sequence again for each token: the same text, slowly.
+        """
+        text = idx.tolist()
+        if execution == 'cached':
+            for step in self.stream(text, max_new_tokens, temperature, top_k, top_p, generator, tau, max_iter, policy, slots=len(text)):
+                text[step.seq].append(step.token)
+            return torch.tensor(text, device=idx.device)
+        self.check_prompts(text, temperature, top_k, top_p)
+        rngs = per_sequence(generator, len(text))
+        for _ in range(max_new_tokens):
+            out = self(idx[:, self.window(idx.size(1)):], execution=execution, policy=policy, tau=tau, max_iter=max_iter)
+            u = torch.tensor([torch.rand((), generator=g, dtype=torch.float64) for g in rngs], device=idx.device)
+            idx = torch.cat([idx, sample(self.unembed(out.hidden[:, -1]), u, temperature, top_k, top_p)[:, None]], dim=1)
+        return idx
+
+    def window(self, n):
+        """Where the context of a sequence of n tokens starts: it moves on by half of block_size, so that the cache is rebuilt seldom."""
+        step = max(1, self.cfg.block_size // 2)
+        return max(0, math.ceil((n - self.cfg.block_size) / step)) * step
+
+    def check_prompts(self, prompts, temperature, top_k, top_p):
+        for p in prompts:
+            if not len(p):
+                raise ValueError('an empty prompt has nothing to continue: give at least one token')
+            if not 0 <= min(p) <= max(p) < self.cfg.vocab_size:
+                raise ValueError(f'a token id outside the vocabulary: ids go from 0 to {self.cfg.vocab_size - 1}')
+        if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+            raise ValueError('temperature must be >= 0, top_k at least 1, top_p in (0, 1]')
+
+    # files
+
+    @classmethod
+    def from_checkpoint(cls, path, map_location='cpu'):
+        """The model of a checkpoint that train.py wrote. Raises FileNotFoundError or ValueError with a sentence."""
+        return cls.from_state(load_checkpoint(path, map_location))
+
+    @classmethod
+    def from_state(cls, state):
+        """The model in what load_checkpoint() returned."""
+        with torch.device('meta'):
+            model = cls(AdaPonderConfig(**state['config']))
+        model.load_state_dict(state['model'], assign=True)
+        return model
+
+
+    @classmethod
+    def from_pretrained(cls, path, n_iter=None, dtype=torch.float32, **overrides):
+        """A Hugging Face GPT-NeoX checkpoint: Pythia, PonderPythia, or what save_pretrained() wrote.
+
+        path: a folder with config.json and weights (model.safetensors, pytorch_model.bin, or either in shards with an index), one weights
+        file in such a folder, or a hub name. n_iter: default what the folder says, else 4. overrides: fields of AdaPonderConfig.
+        Gates that are not in the folder start open. At most one shard is in memory beside the model.
+        Raises FileNotFoundError or ValueError naming the tensor or setting that does not fit.
+        """
+        path = find_pretrained(path)
+        folder = path if path.is_dir() else path.parent
+        hf = json.loads((folder / 'config.json').read_text())
+        with torch.device('meta'):
+            model = cls(config_from_hf(hf, n_iter, overrides))
+        model = model.to_empty(device='cpu').to(dtype)
+        model.init_weights()
+        params = dict(model.named_parameters())
+        missing = {n for n in params if not n.startswith('gates.')}
+        gates = folder / 'gates.pt'
+        for file in weight_files(path) + ([gates] if gates.exists() and model.gates else []):
+            for name, tensor in read_tensors(file):
+                ours = hf_to_ours(name) if file != gates else name
+                if ours is None:
+                    if name.endswith('adapter.weight'):
+                        print(f'{file.name}: {name} is not used by this model and ignored')
+                    continue
+                if ours not in params:
+                    raise ValueError(f'{file}: tensor {name} has no place in this model')
+                if tensor.shape != params[ours].shape:
+                    raise ValueError(f'{file}: tensor {name} has shape {tuple(tensor.shape)}, this model needs {tuple(params[ours].shape)}')
+                params[ours].data.copy_(tensor)
+                missing.discard(ours)
+        if missing:
+            raise ValueError(f'{folder} lacks the weights of {", ".join(sorted(missing)[:3])}' + f' and {len(missing) - 3} more' * (len(missing) > 3))
+        return model
+
+    def save_pretrained(self, path):
+        """Write a folder that transformers loads as GPTNeoXForCausalLM, with the gates beside it in gates.pt.
+
+        transformers runs one iteration and does not scale embeddings: it computes this model's function at n_iter=1, scale_embeds=False.
+        Needs safetensors for model.safetensors, else writes pytorch_model.bin.
+        """
+        cfg, path = self.cfg, Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        ours = self.state_dict()
+        hf = {ours_to_hf(n): t.contiguous() for n, t in ours.items() if not n.startswith('gates.')}
+        config = dict(
+            architectures=['GPTNeoXForCausalLM'], model_type='gpt_neox', vocab_size=cfg.vocab_size, hidden_size=cfg.n_embd,
+            num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head, intermediate_size=4 * cfg.n_embd, hidden_act='gelu',
+            max_position_embeddings=cfg.block_size, rotary_pct=cfg.rotary_pct, rotary_emb_base=cfg.rotary_base, layer_norm_eps=cfg.norm_eps,
+            use_parallel_residual=True, tie_word_embeddings=False, attention_bias=True, bos_token_id=0, eos_token_id=0,
+            torch_dtype=str(self.embed.weight.dtype).removeprefix('torch.'),
+            ponderinglm=cfg.n_iter > 1, pondering_steps=cfg.n_iter - 1, scale_embeds=cfg.scale_embeds,
+            adaponder={n: getattr(cfg, n) for n in ('halting', 'tau', 'gate_bias', 'pool', 'feedback')})
+
+        def write(name, fn):
+            fn(path / (name + '.tmp'))
+            os.replace(path / (name + '.tmp'), path / name)
+        try:
+            from safetensors.torch import save_file
+            write('model.safetensors', lambda f: save_file(hf, f, metadata={'format': 'pt'}))
+        except ImportError:
+            write('pytorch_model.bin', lambda f: torch.save(hf, f))
+        if self.gates:
+            write('gates.pt', lambda f: torch.save({n: t for n, t in ours.items() if n.startswith('gates.')}, f))
+        write('config.json', lambda f: f.write_text(json.dumps(config, indent=2)))
+
+
+# Hugging Face's names for our parameters, in pairs (ours, theirs); the layouts are the same
+
+HF_NAMES = [('embed.', 'gpt_neox.embed_in.'), ('unembed.', 'embed_out.'), ('ln_f.', 'gpt_neox.final_layer_norm.'), ('blocks.', 'gpt_neox.layers.'),
+            ('.ln_1.', '.input_layernorm.'), ('.ln_2.', '.post_attention_layernorm.'), ('.attn.qkv.', '.attention.query_key_value.'),
+            ('.attn.proj.', '.attention.dense.'), ('.mlp.fc.', '.mlp.dense_h_to_4h.'), ('.mlp.proj.', '.mlp.dense_4h_to_h.')]
+
+
+def ours_to_hf(name):
+    for ours, theirs in HF_NAMES:
+        if name.startswith(ours) or (ours.startswith('.') and ours in name):
+            name = name.replace(ours, theirs, 1)
+    return name
+
+
+def hf_to_ours(name):
+    """Our name of a Hugging Face tensor; None for those that hold nothing learned (rotary and mask buffers) or nothing we use."""
+    if name.endswith(('rotary_emb.inv_freq', '.attention.bias', '.attention.masked_bias', 'adapter.weight')):
+        return None
+    for ours, theirs in HF_NAMES:
+        if name.startswith(theirs) or (theirs.startswith('.') and theirs in name):
+            name = name.replace(theirs, ours, 1)
+    return name
+
+
+def config_from_hf(hf, n_iter, overrides):
+    """AdaPonderConfig from a config.json. Refuses by name what this model cannot represent."""
+    if hf.get('model_type') not in ('gpt_neox', None) and not hf.get('ponderinglm'):
+        raise ValueError(f"model_type is {hf['model_type']!r}: only GPT-NeoX models (Pythia, PonderPythia) can be loaded")
+    rope = hf.get('rope_parameters') or {}
+    scaling = hf.get('rope_scaling') or (rope if rope.get('rope_type', 'default') != 'default' else None)
+    need = {'use_parallel_residual': True, 'hidden_act': 'gelu', 'tie_word_embeddings': False, 'attention_bias': True,
+            'intermediate_size': 4 * hf['hidden_size']}
+    for name, value in need.items():
+        if hf.get(name, value) != value:
+            raise ValueError(f'config.json has {name} = {hf[name]!r}, this model has only {value!r}')
+    if scaling:
+        raise ValueError(f'config.json has rope scaling ({scaling}), which this model does not have')
+    own = dict(
+        vocab_size=hf['vocab_size'], block_size=hf['max_position_embeddings'], n_layer=hf['num_hidden_layers'],
+        n_head=hf['num_attention_heads'], n_embd=hf['hidden_size'],
+        rotary_pct=rope.get('partial_rotary_factor', hf.get('rotary_pct', 0.25)),
+        rotary_base=rope.get('rope_theta', hf.get('rotary_emb_base', 10000)), norm_eps=hf.get('layer_norm_eps', 1e-5),
+        n_iter=hf.get('pondering_steps', 0) + 1 if 'ponderinglm' in hf else 4, scale_embeds=bool(hf.get('scale_embeds', False)))
+    own.update(hf.get('adaponder', {}), **overrides)
+    if n_iter is not None:
+        own['n_iter'] = n_iter
+    return AdaPonderConfig(**own)
+
+
+def find_pretrained(path):
+    """A local folder or file as a Path; a hub name is downloaded when huggingface_hub is installed."""
+    if os.path.exists(path):
+        path = Path(path)
+        if not ((path if path.is_dir() else path.parent) / 'config.json').is_file():
+            raise FileNotFoundError(f'{path} has no config.json beside its weights: give a Hugging Face model folder')
+        return path
+    if Path(path).is_absolute() or str(path).startswith('.') or str(path).count('/') != 1:
+        raise FileNotFoundError(f'no folder {path}')
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise FileNotFoundError(f'no folder {path}; to download it as a hub name: pip install huggingface_hub') from None
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=['config.json', '*.safetensors', '*.safetensors.index.json', '*.bin', '*.bin.index.json', 'gates.pt']))
+    except Exception as e:
+        raise FileNotFoundError(f'no folder {path}, and the hub did not give it ({type(e).__name__}): download it elsewhere with '
+                                f'"hf download {path} --local-dir DIR" and give DIR') from None
+
+
+def weight_files(path):
+    """The files that hold the backbone's weights: one, or the shards that an index names."""
+    if path.is_file():
+        return [path]
+    for name in ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin', 'pytorch_model.bin.index.json'):
+        if (path / name).is_file():
+            if not name.endswith('.json'):
+                return [path / name]
+            return [path / f for f in sorted(set(json.loads((path / name).read_text())['weight_map'].values()))]
+    raise FileNotFoundError(f'{path} has neither model.safetensors nor pytorch_model.bin (nor an index of shards)')
+
+
+def read_tensors(file):
+    """(name, tensor) pairs of a weights file, one tensor in memory at a time."""
+    if not file.is_file():
+        raise FileNotFoundError(f'the shard {file} is missing')
+    if file.suffix == '.safetensors':
+        try:
+            from safetensors import safe_open
+        except ImportError:
+            raise ValueError(f'{file.name} needs safetensors: pip install safetensors') from None
+        with safe_open(file, framework='pt') as f:
+            for name in f.keys():
+                yield name, f.get_tensor(name)
+    else:
+        yield from torch.load(file, map_location='cpu', weights_only=True, mmap=True).items()
+
+
+def load_checkpoint(path, map_location='cpu'):
+    """The dict in a checkpoint: 'config', 'model', 'meta' and train.py's state. Nothing is unpickled but tensors and plain types."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f'no checkpoint at {path}: train one with python train.py config/tiny.py')
+    try:
+        state = torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as e:  # torch raises many kinds, from zipfile's to pickle's
+        raise ValueError(f'{path} is not a readable checkpoint of this project ({type(e).__name__})') from None
+    if not isinstance(state, dict) or state.get('adaponder') != 1:
+        raise ValueError(f'{path} is a checkpoint of another project')
+    return state
+
+
+def per_sequence(generator, n):
+    """One random generator for each of n sequences: `generator` itself if it is a list, else seeded from it (None: from torch's own)."""
+    if isinstance(generator, (list, tuple)):
+        if len(generator) != n:
+            raise ValueError(f'{len(generator)} generators for {n} sequences')
+        return list(generator)
+    seeds = torch.randint(2 ** 62, (n,), generator=generator, device=generator.device if generator else 'cpu').tolist()
+    return [torch.Generator().manual_seed(s) for s in seeds]
+
+
+def sample(logits, u, temperature=1.0, top_k=None, top_p=None):
+    """Draw a token for each row by inverting the distribution function at u. logits: (N, vocab), u: (N,) in [0, 1) -> (N,) int64.
+
+    top_k keeps the k likeliest tokens; top_p (nucleus) the likeliest ones that together reach p. temperature 0: the likeliest.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.double() / temperature
+    if top_k is not None and top_k < logits.size(-1):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+    if top_p is not None and top_p < 1:
+        p, order = F.softmax(logits, dim=-1).sort(dim=-1, descending=True)
+        drop = torch.empty_like(p, dtype=torch.bool).scatter_(-1, order, p.cumsum(-1) - p >= top_p)
+        logits = logits.masked_fill(drop, -math.inf)
+    cdf = F.softmax(logits, dim=-1).cumsum(-1)
+    return torch.searchsorted(cdf, (u.double() * cdf[:, -1])[:, None], right=True)[:, 0].clamp(max=logits.size(-1) - 1)

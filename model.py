@@ -158,17 +158,18 @@ def packed_attention(q, k, v, kv, at):
 
 
 def cached_attention(q, k, v, kv, at):
-    """One token of each of N sequences runs, each at its own iteration. q, k, v: (N, nh, hs); kv: two (slots, n_iter, nh, L, hs), written in place.
+    """One token of each of N slots runs. q, k, v: (N, nh, hs); kv: two (slots, n_iter, nh, L, hs), written in place.
 
-    at: (slot, it, pos), (N,) each on the device, and the same three as lists.
+    at: (slot, it, pos, where, length). slot, pos: (N,) int64. it: (N,) int64, or an int if all are at the same iteration and the slots are 0 .. N - 1.
+    where: the same as a list of (slot, it, pos), to look at each slot's own part of the caches; None for shapes that never change: then
+    the first `length` positions are looked at, under a mask.
     """
-    slot, it, pos, where = at
+    slot, it, pos, where, length = at
     for cache, new in zip(kv, (k, v)):
         cache[slot, it, :, pos] = new
-    if q.is_cuda:  # one masked kernel; the caches are gathered up to the longest sequence
-        n = max(p for _, _, p in where) + 1
-        K, V = (cache[slot, it, :, :n] for cache in kv)
-        mask = (torch.arange(n, device=q.device) <= pos[:, None])[:, None, None]
+    if where is None:  # a view where all are at one iteration, else a copy
+        K, V = (cache[:, it, :, :length] if isinstance(it, int) else cache[slot, it, :, :length] for cache in kv)
+        mask = (torch.arange(length, device=q.device) <= pos[:, None])[:, None, None]
         return F.scaled_dot_product_attention(q[:, :, None], K, V, attn_mask=mask)[:, :, 0], kv
     y = [F.scaled_dot_product_attention(q[n:n + 1, :, None], kv[0][b, i, None, :, :p + 1], kv[1][b, i, None, :, :p + 1])
          for n, (b, i, p) in enumerate(where)]  # views: no copy of a cache, and no slot pays for another's length
@@ -263,10 +264,40 @@ class KVCache:
         for l, (k, v) in enumerate(kvs):
             self.k[l, slot, i, :, :k.size(2)], self.v[l, slot, i, :, :v.size(2)] = k[0], v[0]
 
-    def repeat(self, slot, i, pos):
-        """The token at pos halted after iteration i: later iterations see it as it was then."""
-        for cache in (self.k, self.v):
-            cache[:, slot, i + 1:, :, pos] = cache[:, slot, i:i + 1, :, pos]
+    def repeat(self, halted):
+        """Tokens (slot, iteration, position) that halted after that iteration: later iterations see them as they were then."""
+        slot, it, pos, to = torch.tensor([(b, i, p, j) for b, i, p in halted for j in range(i + 1, self.k.size(2))],
+                                         device=self.k.device).view(-1, 4).unbind(1)
+        if len(slot):
+            for cache in (self.k, self.v):
+                cache[:, slot, to, :, pos] = cache[:, slot, it, :, pos]
+
+
+class Graphs:
+    """CUDA graphs: a function of tensors whose shapes never change is recorded once for each key, then replayed in one launch."""
+
+    def __init__(self):
+        self.made = {}
+
+    def __call__(self, key, fn, *args):
+        if args[0].device.type != 'cuda':
+            return fn(*args)
+        if key not in self.made:
+            fixed = [a.clone() for a in args]
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # the first run, outside the recording, lets the libraries allocate
+                fn(*fixed)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = fn(*fixed)
+            self.made[key] = graph, fixed, out
+        graph, fixed, out = self.made[key]
+        for f, a in zip(fixed, args):
+            f.copy_(a)
+        graph.replay()
+        return out
 
 
 class AdaPonderLM(nn.Module):
@@ -309,14 +340,14 @@ class AdaPonderLM(nn.Module):
             new.append(kv)
         return self.ln_f(x), new
 
-    def decide(self, i, h, row, pos, policy=None, tau=None, halting=None):
+    def decide(self, i, h, row, pos, policy=None, tau=None, halting=None, s=None):
         """Gate i and the halting decision. h: (..., d) -> s (...) in (0, 1), on (...) bool: True = this token goes on to iteration i + 1.
 
-        policy: fn(i, s, h, row, pos) -> on, default s >= tau; row, pos: int64 shaped like s, which token each is.
+        policy: fn(i, s, h, row, pos) -> on, default s >= tau; row, pos: int64 shaped like s, which token each is. s: the gate values, if they are known.
         """
-        if self.gates and halting is not False:
+        if s is None and self.gates and halting is not False:
             s = self.gates[i](h)
-        else:
+        elif s is None:
             s = torch.ones(h.shape[:-1], device=h.device, dtype=torch.promote_types(h.dtype, torch.float32))
         on = policy(i, s, h, row, pos) if policy else s >= (self.cfg.tau if tau is None else tau)
         return s, on
@@ -483,6 +514,27 @@ class AdaPonderLM(nn.Module):
         d = int(depth[0, -1])
         return hidden[0, -1], d, [float(s[0, -1]) for s, m in gates[:d]]
 
+    def static_shapes(self, device):
+        """Whether decoding keeps its shapes fixed: on a GPU, so that a pass is one CUDA graph."""
+        return device.type == 'cuda'
+
+    def decode(self, E, slot, it, pos, where, cache, rope, graphs):
+        """One pass for one token of each of N slots. E: (slots, d); slot, it, pos: (N,), and as the list `where`, see cached_attention().
+
+        Returns h (N, d), logits (N, vocab) and, where shapes are static, all gate values (N, n_gate), else None: decide() finds those that count.
+        """
+        static = self.static_shapes(E.device)
+        one = where[0][1] if len({i for _, i, _ in where}) == 1 else None  # the iteration of all
+        length = min(cache.k.size(4), -(-(max(p for _, _, p in where) + 1) // 256) * 256) if static else None
+
+        def run(x, slot, it, pos):
+            at = (slot, it if one is None else one, pos, None if static else where, length)
+            h, _ = self.backbone(x, tuple(t[pos] for t in rope), cached_attention, [*zip(cache.k, cache.v)], at)
+            gate = torch.stack([g(h) for g in self.gates], dim=-1) if static and self.gates else None
+            return h, self.unembed(h), gate  # logits are needed by all: to ponder, or to draw the next token
+        args = E[slot], slot, it, pos
+        return graphs((length, one), run, *args) if static else run(*args)
+
     @torch.inference_mode()
     def stream(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, tau=None, max_iter=None,
                policy=None, slots=1, stop_token=None):
@@ -503,19 +555,21 @@ class AdaPonderLM(nn.Module):
         device, dtype = self.embed.weight.device, self.embed.weight.dtype
         slots = min(slots, len(prompts))
         length = min(self.cfg.block_size, max((len(p) + n for p, n in zip(text, budget)), default=1))
-        cache = KVCache(self.cfg, slots, length, device, dtype)
+        cache, graphs = KVCache(self.cfg, slots, length, device, dtype), Graphs()
+        rope = rope_table(torch.arange(length, device=device), self.cfg, dtype)
         queue = deque(i for i, n in enumerate(budget) if n > 0)
         seq = [None] * slots                       # which prompt a slot works on
         start, pos, it = [0] * slots, [0] * slots, [0] * slots  # its window; position in it and iteration of the token in flight
         values = [[] for _ in range(slots)]        # gate values of that token
         E = torch.zeros(slots, self.cfg.n_embd, device=device, dtype=dtype)
         while True:
-            ready = []  # (slot, hidden, depth): tokens that are done, so their successor can be drawn
+            ready = []  # (slot, logits, depth): tokens that are done, so their successor can be drawn
             for b in range(slots):
                 if seq[b] is None and queue:
                     seq[b] = queue.popleft()
                     start[b] = self.window(len(text[seq[b]]))
                     h, d, values[b] = self.prefill(text[seq[b]][start[b]:], seq[b], b, cache, policy, tau, max_iter)
+                    pos[b] = min(len(text[seq[b]]) - start[b], length - 1)
                     ready.append((b, self.unembed(h), d))
             fresh = {b for b, _, _ in ready}
             busy = [b for b in range(slots) if seq[b] is not None and b not in fresh]
@@ -523,28 +577,29 @@ class AdaPonderLM(nn.Module):
                 return
             if busy:  # one pass of the backbone for every slot, whatever its iteration
                 where = [(b, it[b], pos[b]) for b in busy]
+                if self.static_shapes(device):  # idle slots run along, and write where their next token will
+                    where = [(b, it[b] if b in busy else where[0][1], pos[b]) for b in range(slots)]
                 slot_t, it_t, pos_t = torch.tensor(where, device=device).unbind(1)
-                h, _ = self.backbone(E[slot_t], rope_table(pos_t, self.cfg, dtype), cached_attention,
-                                     [(cache.k[l], cache.v[l]) for l in range(self.cfg.n_layer)], (slot_t, it_t, pos_t, where))
-                on, s = [False] * len(busy), [None] * len(busy)
-                for i in sorted({i for _, i, _ in where if i < max_iter - 1}):
-                    at = [n for n, w in enumerate(where) if w[1] == i]
-                    rows = torch.tensor([seq[busy[n]] for n in at], device=device)
-                    si, oni = self.decide(i, h[at], rows, pos_t[at], policy, tau)
-                    for n, sn, onn in zip(at, si.tolist(), oni.tolist()):
-                        on[n], s[n] = onn, sn
-                        values[busy[n]].append(sn)
-                logits = self.unembed(h)  # needed by all: to ponder, or to draw the next token
-                go = [n for n in range(len(busy)) if on[n]]
+                h, logits, gate = self.decode(E, slot_t, it_t, pos_t, where, cache, rope, graphs)
+                on, s = [False] * len(where), [None] * len(where)
+                for i in sorted({it[b] for b in busy if it[b] < max_iter - 1}):
+                    at = [n for n, (b, _, _) in enumerate(where) if it[b] == i and b in busy]
+                    rows = torch.tensor([seq[where[n][0]] for n in at], device=device)
+                    si, oni = self.decide(i, h[at], rows, pos_t[at], policy, tau, s=gate[at, i] if gate is not None else None)
+                    for n, sn, onn in zip(at, *torch.stack([si, oni]).tolist()):
+                        on[n], s[n] = bool(onn), sn
+                        values[where[n][0]].append(sn)
+                go, halted = [n for n in range(len(where)) if on[n]], []
                 if go:
                     e = h[go] if self.cfg.feedback == 'hidden' else self.expect(logits[go])
                     E[slot_t[go]] += torch.tensor([s[n] for n in go], device=device, dtype=dtype)[:, None] * e
-                for n, b in enumerate(busy):
+                for n, (b, i, p) in enumerate(where):
                     if on[n]:
                         it[b] += 1
-                    else:
-                        cache.repeat(b, it[b], pos[b])
-                        ready.append((b, logits[n], it[b] + 1))
+                    elif b in busy:
+                        halted.append((b, i, p))
+                        ready.append((b, logits[n], i + 1))
+                cache.repeat(halted)
             if not ready:
                 continue
             logits = torch.stack([x for _, x, _ in ready])

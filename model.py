@@ -41,6 +41,7 @@ class AdaPonderConfig:
     rotary_base: float = 10000.0   # longest rotary wavelength is 2 pi times about this, positions
     scale_embeds: bool = True      # multiply embeddings by sqrt(d), in E and in P V alike
     norm_eps: float = 1e-5         # LayerNorm's epsilon
+    gate_width: int = 4            # hidden width of a gate's MLP, in units of n_embd
     gate_bias: float = 4.0         # logit at which gates start: sigmoid(4) = 0.98, open
     pool: str = 'live'             # ponder loss: 'live' counts halted tokens as paid; 'all' is the paper's pool of every gate
     feedback: str = 'embedding'    # what an iteration hands to the next: 'embedding' (PonderLM) or 'hidden' (a loop transformer)
@@ -52,7 +53,7 @@ class AdaPonderConfig:
                 setattr(self, f.name, value := float(value))
             if type(value) is not f.type:
                 raise ValueError(f'{f.name} must be of type {f.type.__name__}, not {value!r}')
-        for name in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd', 'n_iter'):
+        for name in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd', 'n_iter', 'gate_width'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} must be at least 1, not {getattr(self, name)}')
         if self.n_embd % self.n_head:
@@ -90,7 +91,7 @@ class AdaPonderConfig:
         return dict(
             linear=self.n_layer * 24 * d * d,          # QKV 6 d^2, output 2 d^2, MLP 16 d^2
             attention=self.n_layer * 4 * context * d,  # q K^T and P V
-            gate=8 * d * d + 8 * d if self.halting and self.n_iter > 1 else 0,
+            gate=self.gate_width * 2 * d * (d + 1) if self.halting and self.n_iter > 1 else 0,
             ponder=4 * d * self.vocab_size if self.feedback == 'embedding' else 0,  # h U^T and P V
             unembed=2 * d * self.vocab_size)
 
@@ -312,7 +313,7 @@ class AdaPonderLM(nn.Module):
         self.ln_f = nn.LayerNorm(cfg.n_embd, eps=cfg.norm_eps)
         self.unembed = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         n_gate = cfg.n_iter - 1 if cfg.halting else 0
-        self.gates = nn.ModuleList(Gate(cfg.n_embd, 4 * cfg.n_embd, 1) for _ in range(n_gate))
+        self.gates = nn.ModuleList(Gate(cfg.n_embd, cfg.gate_width * cfg.n_embd, 1) for _ in range(n_gate))
         self.init_weights()
 
     @torch.no_grad()
@@ -724,7 +725,7 @@ class AdaPonderLM(nn.Module):
             use_parallel_residual=True, tie_word_embeddings=False, attention_bias=True, bos_token_id=0, eos_token_id=0,
             torch_dtype=str(self.embed.weight.dtype).removeprefix('torch.'),
             ponderinglm=cfg.n_iter > 1, pondering_steps=cfg.n_iter - 1, scale_embeds=cfg.scale_embeds,
-            adaponder={n: getattr(cfg, n) for n in ('halting', 'tau', 'gate_bias', 'pool', 'feedback')})
+            adaponder={n: getattr(cfg, n) for n in ('halting', 'tau', 'gate_width', 'gate_bias', 'pool', 'feedback')})
 
         def write(name, fn):
             fn(path / (name + '.tmp'))

@@ -55,6 +55,7 @@ class TrainConfig:
     halting: bool = True              # False: fixed-depth PonderLM
     tau: float = 1e-4
     scale_embeds: bool = True
+    gate_width: int = 4
     gate_bias: float = 4.0
     pool: str = 'live'                # 'all': the paper's
     feedback: str = 'embedding'       # 'hidden': a loop transformer
@@ -338,7 +339,7 @@ def main(argv):
     ckpt_path = out_dir / 'ckpt.pt'
     torch.manual_seed(cfg.seed)
     shape = {f.name: getattr(cfg, f.name) for f in fields(AdaPonderConfig) if hasattr(cfg, f.name)}
-    own = {k: shape[k] for k in ('n_iter', 'halting', 'tau', 'gate_bias', 'pool', 'feedback')}  # what a loaded backbone may be given anew
+    own = {k: shape[k] for k in ('n_iter', 'halting', 'tau', 'gate_width', 'gate_bias', 'pool', 'feedback')}  # what a loaded backbone may be given anew
     resumed = None
     try:
         if cfg.resume and ckpt_path.exists():

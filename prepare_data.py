@@ -20,7 +20,6 @@ import json
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import sys
 import sysconfig
@@ -41,14 +40,22 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 SHAKESPEARE = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 PIECE = 2**20   # characters of text that travel to a worker together; a longer document goes in pieces
 HASHED = 2**18  # characters of a document that decide its split
+SAVE_EVERY = 10  # seconds
 
 
 class UsageError(SystemExit):
     """One sentence on stderr, exit code 2."""
 
     def __init__(self, message):
-        print(f'prepare_data.py: {message}', file=sys.stderr)
+        tqdm.write(f'prepare_data.py: {message}', file=sys.stderr)  # clear of a progress bar
         super().__init__(2)
+
+
+def write_beside(path, data):
+    """A file appears under its name whole or not at all, also when two jobs of an array write it at the same time."""
+    tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+    tmp.write_bytes(data)
+    os.replace(tmp, path)
 
 
 # tokenizers
@@ -61,14 +68,8 @@ def file_sha256(path):
     return digest.hexdigest()
 
 
-def ranks_sha256(enc):
-    """Of what decides the tokens of a named tokenizer, apart from its pattern, which tiktoken rewrites for speed now and then."""
-    parts = sorted((i, token.hex()) for token, i in enc._mergeable_ranks.items()) + sorted(enc._special_tokens.items())
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
 def load_tokenizer(tokenizer, folder=None):
-    """The tiktoken.Encoding of a data folder or of a name.
+    """The tiktoken.Encoding of a data folder or of a name, with an attribute sha256: of its file, or of its tokens where it has none.
 
     tokenizer: a meta.json dict, with `folder` where its tokenizer file lies; or 'bytes', a tiktoken name, a .tiktoken or a tokenizer.json file.
     Encode documents with encode_ordinary: text that happens to contain <|endoftext|> is then ordinary text.
@@ -77,23 +78,25 @@ def load_tokenizer(tokenizer, folder=None):
     meta = tokenizer if isinstance(tokenizer, dict) else {}
     name = str(meta.get('tokenizer', tokenizer))
     path = Path(folder or '', name)
-    if name == 'bytes':
-        enc = tiktoken.Encoding('bytes', pat_str=r'[\s\S]{1,64}', mergeable_ranks={bytes([b]): b for b in range(256)}, special_tokens={EOT: 256})
-    elif path.suffix in ('.tiktoken', '.json'):
+    if path.suffix in ('.tiktoken', '.json'):
         if not path.is_file():
             raise UsageError(f'no tokenizer file {path}')
-        if meta and file_sha256(path) != meta['tokenizer_sha256']:
-            raise UsageError(f'{path} is not the tokenizer that this data was made with: its sha256 differs from meta.json')
         enc = load_tiktoken_file(path) if path.suffix == '.tiktoken' else load_tokenizer_json(path, check=not meta)
-    else:
-        if name not in tiktoken.list_encoding_names():
-            raise UsageError(f"unknown tokenizer {name!r}: give bytes, one of {', '.join(tiktoken.list_encoding_names())}, or a .tiktoken or tokenizer.json file")
+        enc.sha256 = file_sha256(path)
+    elif name == 'bytes':
+        enc = tiktoken.Encoding('bytes', pat_str=r'[\s\S]{1,64}', mergeable_ranks={bytes([b]): b for b in range(256)}, special_tokens={EOT: 256})
+    elif name in tiktoken.list_encoding_names():
         try:
             enc = tiktoken.get_encoding(name)
         except Exception as e:  # tiktoken lets through whatever its HTTP library raises
             raise UsageError(f'tiktoken could not download {name} ({type(e).__name__}): offline, use bytes or a .tiktoken or tokenizer.json file')
-        if meta and ranks_sha256(enc) != meta['tokenizer_sha256']:
-            raise UsageError(f'the {name} of this tiktoken is not the one that this data was made with: its sha256 differs from meta.json')
+    else:
+        raise UsageError(f"unknown tokenizer {name!r}: give bytes, one of {', '.join(tiktoken.list_encoding_names())}, or a .tiktoken or tokenizer.json file")
+    if not hasattr(enc, 'sha256'):  # apart from the pattern, which tiktoken rewrites for speed now and then
+        parts = sorted((i, token.hex()) for token, i in enc._mergeable_ranks.items()) + sorted(enc._special_tokens.items())
+        enc.sha256 = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    if meta and enc.sha256 != meta['tokenizer_sha256']:
+        raise UsageError(f'tokenizer {path} is not the one that this data was made with: its sha256 differs from meta.json')
     if EOT not in enc._special_tokens:
         raise UsageError(f'tokenizer {name} has no {EOT}, which ends a document')
     return enc
@@ -113,20 +116,37 @@ def load_tiktoken_file(path):
     return tiktoken.Encoding(path.name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
 
 
-class SplitEncoding(tiktoken.Encoding):
-    """A Hugging Face byte-level BPE: NFC where it asks for it, and added tokens, which split the text before the BPE's own pattern does.
+# Characters that Unicode gained after `tokenizers` froze its tables and that later normalise with their neighbours: there they stand alone.
+NEWER = re.compile('([\u05c8\u05c9\u07fd\u0897-\u08d3\u09fe\u0c3c\u0d3b\u0d3c\u0eba\u1715\u1abf-\u1af0\u1df6-\u1dfa\ua82c\U000105d2-\U000105da\U00010d24-\U00010f85\U00011070'
+                   '\U0001133b\U000113b8-\U000113c2\U000113c9-\U000113d0\U0001145e\U00011839-\U00011930\U0001193d-\U00011a99\U00011d42-\U00011f42\U0001611e-\U00016120'
+                   '\U00016129-\U0001612f\U00016d67\U00016ff0\U00016ff1\U0001d127\U0001d128\U0001d250-\U0001d281\U0001e08f-\U0001e6f5])')
 
-    As in `tokenizers`, added tokens that are not "normalized" are looked for first, then each stretch between is normalized, then the others are
-    looked for; the longest of those that begin first wins. Special ones count only where allowed_special names them.
+
+def nfc(text):
+    """As the normalizer NFC of `tokenizers`, whatever Unicode this Python knows."""
+    return text if text.isascii() else ''.join(unicodedata.normalize('NFC', part) for part in NEWER.split(text))
+
+
+class HuggingFaceEncoding(tiktoken.Encoding):
+    """A byte-level BPE as `tokenizers` runs it: NFC where asked for, and added tokens, which split the text before the BPE's own pattern does.
+
+    Added tokens that are not "normalized" are looked for first, then each stretch between is normalized, then the others are looked for. The longest
+    of those that begin first wins; a special one that allowed_special does not name is then passed over and remains text.
     """
 
-    def __init__(self, name, ranks, added, nfc):
+    def __init__(self, name, ranks, added, normalize):
         super().__init__(name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={t['content']: t['id'] for t in added})
-        self.added, self.nfc, self.splitters = added, nfc, {}
+        self.state = name, ranks, added, normalize
+        self.normalize = nfc if normalize else str
+        self.finders = [re.compile('|'.join(map(re.escape, sorted((t['content'] for t in added if t['normalized'] == n), key=len, reverse=True))) or '(?!)')
+                        for n in (False, True)]
+
+    def __reduce__(self):
+        return HuggingFaceEncoding, self.state
 
     @property
     def special_tokens_set(self):
-        return {t['content'] for t in self.added if t['special']}
+        return {t['content'] for t in self.state[2] if t['special']}
 
     def encode_ordinary(self, text):
         return self.encode(text, disallowed_special=())
@@ -135,26 +155,30 @@ class SplitEncoding(tiktoken.Encoding):
         return np.array(self.encode(text, **kw), np.uint32)
 
     def encode(self, text, *, allowed_special=frozenset(), disallowed_special='all'):
-        allowed = frozenset(self.special_tokens_set if allowed_special == 'all' else allowed_special)
-        for special in self.special_tokens_set - allowed if disallowed_special == 'all' else disallowed_special:
-            if special in text:
-                raise ValueError(f'the text contains the special token {special!r}: allow it, or pass disallowed_special=()')
-        if allowed not in self.splitters:
-            found = [[t['content'] for t in self.added if t['normalized'] == normalized and (not t['special'] or t['content'] in allowed)]
-                     for normalized in (False, True)]
-            self.splitters[allowed] = [re.compile('(' + '|'.join(map(re.escape, sorted(f, key=len, reverse=True))) + ')' if f else r'((?!))')
-                                       for f in found]
-        raw, normalized = self.splitters[allowed]
+        special = self.special_tokens_set
+        passed = frozenset() if allowed_special == 'all' else special - set(allowed_special)
+        for token in passed if disallowed_special == 'all' else disallowed_special:
+            if token in text:
+                raise ValueError(f'the text contains the special token {token!r}: allow it, or pass disallowed_special=()')
+
+        def split(text, finder):
+            """Pairs (text before an added token, that token)."""
+            start = 0
+            for found in finder.finditer(text):
+                if found[0] not in passed:
+                    yield text[start:found.start()], found[0]
+                    start = found.end()
+            yield text[start:], None
+
         ids = []
-        for i, part in enumerate(raw.split(text)):  # odd: the added tokens
-            if i % 2:
-                ids.append(self._special_tokens[part])
-                continue
-            for j, word in enumerate(normalized.split(unicodedata.normalize('NFC', part) if self.nfc else part)):
-                if j % 2:
-                    ids.append(self._special_tokens[word])
-                elif word:
+        for part, outer in split(text, self.finders[0]):
+            for word, inner in split(self.normalize(part), self.finders[1]):
+                if word:
                     ids += super().encode_ordinary(word)
+                if inner:
+                    ids.append(self._special_tokens[inner])
+            if outer:
+                ids.append(self._special_tokens[outer])
         return ids
 
 
@@ -166,47 +190,47 @@ def load_tokenizer_json(path, check=True):
 
     try:
         spec = json.loads(path.read_text(encoding='utf-8'))
-        model, added = spec['model'], sorted(spec.get('added_tokens', []), key=lambda t: t['id'])
+        model, added = spec['model'], [{k: t[k] for k in ('id', 'content', 'single_word', 'lstrip', 'rstrip', 'normalized', 'special')} for t in spec['added_tokens']]
         vocab, merges = model['vocab'], [m.split(' ') if isinstance(m, str) else m for m in model['merges']]
         kind = model.get('type', 'BPE')
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UsageError(f'{path} is not the tokenizer.json of a BPE')
     normalizer, splitter, after = (spec.get(k) or {} for k in ('normalizer', 'pre_tokenizer', 'post_processor'))
     require(kind == 'BPE', f'its model is {kind}, not BPE')
-    for key in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix', 'byte_fallback', 'ignore_merges'):
-        require(not model.get(key), f'its model sets {key}')
-    for key in ('truncation', 'padding'):
-        require(not spec.get(key), f'it sets {key}')
+    for key in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix', 'byte_fallback', 'ignore_merges', 'truncation', 'padding'):
+        require(not (model.get(key) or spec.get(key)), f'it sets {key}')
     require(normalizer.get('type', 'NFC') == 'NFC', f"its normalizer is {normalizer.get('type')}, and only NFC is known")
     require(splitter.get('type') == 'ByteLevel' and splitter.get('use_regex', True), f"its pre-tokenizer is {splitter.get('type')}, not GPT-2's ByteLevel")
     require(not splitter.get('add_prefix_space', True), 'its pre-tokenizer adds a space in front')
     require(after.get('type', 'ByteLevel') == 'ByteLevel', f"its post-processor {after.get('type')} adds tokens")
     for t in added:
-        require(not (t.get('single_word') or t.get('lstrip') or t.get('rstrip')), f"added token {t['content']!r} takes account of its neighbours")
+        require(not (t['single_word'] or t['lstrip'] or t['rstrip']), f"added token {t['content']!r} takes account of its neighbours")
         require(t['content'] and unicodedata.is_normalized('NFC', t['content']), f"added token {t['content']!r} is empty or not in NFC")
-        require(t['special'] or not SAFE_CUT.search(t['content']), f"added token {t['content']!r} holds more than one word")
+        require(not re.search(r'\n[^\W_]|[^\W\d_] ', t['content']), f"added token {t['content']!r} goes on behind a word or a line")  # SAFE_CUT
 
     # ByteLevel writes a byte as a printable character: itself where it is one, else the next from U+0100 on
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(sorted(set(range(256)) - set(printable)))}
-    specials = {t['content'] for t in added}
+    numbers = dict(vocab)
+    for t in added:
+        numbers.setdefault(t['content'], len(numbers))
+    require(sorted(numbers.values()) == list(range(len(numbers))) and all(numbers[t['content']] == t['id'] for t in added), 'its token numbers have gaps or clash')
     try:
-        raw = {token: bytes(byte_of[c] for c in token) for token in vocab if token not in specials}
+        raw = {token: bytes(byte_of[c] for c in token) for token in vocab.keys() - {t['content'] for t in added}}
         made = [(raw[a], raw[b], vocab[a + b]) for a, b in merges]
     except (KeyError, ValueError):
         raise UsageError(f'{path} cannot be represented exactly: a token or merge is not of bytes, or not in the vocabulary')
-    ranks = {raw[token]: i for token, i in vocab.items() if token in raw}
+    ranks = {raw[token]: vocab[token] for token in raw}
     # A byte that UTF-8 never uses may be missing
     require(all(bytes([b]) in ranks for b in range(256) if b not in (0xC0, 0xC1) and b < 0xF5), 'a byte is no token')
     require(len(made) == len({i for *_, i in made}) == sum(len(t) > 1 for t in ranks), 'a token is made by no merge, or by several')
     require([i for *_, i in made] == sorted(i for *_, i in made), 'its merges are not in the order of its token numbers')
-    require(len({*ranks.values(), *(t['id'] for t in added)}) == len(ranks) + len(added), 'a token number is used twice')
     if check:
         # tiktoken joins any two neighbours that form a token, `tokenizers` only the listed pair. They agree on every text if each token's own bytes,
         # merged by all earlier merges, come down to the listed pair: whether two neighbours ever meet does not depend on what surrounds them.
         for a, b, i in made:
             require(merge_below(ranks, a + b, i) == [a, b], f'token {a + b!r} can form from another pair than its merge')
-    return SplitEncoding(path.name, ranks, added, nfc=bool(normalizer))
+    return HuggingFaceEncoding(path.name, ranks, added, normalize=bool(normalizer))
 
 
 def merge_below(ranks, token, limit):
@@ -220,55 +244,44 @@ def merge_below(ranks, token, limit):
     return parts
 
 
-def encode_array(enc, text, dtype):
-    """text -> (n,) tokens as encode_ordinary makes them."""
-    if enc.name == 'bytes':
-        return np.frombuffer(text.encode(), np.uint8).astype(dtype)
-    return np.array(enc.encode_ordinary(text), dtype)
-
-
 # documents
 
 def find_inputs(sources, out):
-    """[(path or hf:NAME, named)] in a fixed order; named: the user gave this very file, so that failing to read it is an error."""
+    """{path or hf:NAME: named} in a fixed order; named: the user gave this very file, so that its not being text is an error."""
+    def walk(folder):
+        for at, folders, names in os.walk(folder):
+            folders[:] = [d for d in folders if not (d.startswith('.') or d in ('__pycache__', 'site-packages', 'dist-packages') or Path(at, d).resolve() == out.resolve())]
+            yield from (p for p in (Path(at, n) for n in names if not n.startswith('.')) if p.is_file())
+
     found = {}
     for source in map(str, sources):
         if source == 'stdlib':
-            root = Path(sysconfig.get_paths()['stdlib'])
-            files = [p for p in root.rglob('*.py') if not {'site-packages', 'dist-packages', '__pycache__'} & set(p.parts[len(root.parts):])]
-            if not files:
-                raise UsageError(f'this Python keeps no source of its standard library in {root}: give a text file or folder instead')
-            found.update((p, False) for p in sorted(files))
+            root = sysconfig.get_paths()['stdlib']
+            files, none = [p for p in walk(root) if p.suffix == '.py'], f'this Python keeps no source of its standard library in {root}'
         elif source == 'shakespeare':
-            found[download_shakespeare(Path(out))] = True
+            files = [download_shakespeare(out / 'input.txt')]
         elif source.startswith('hf:'):
-            found[source] = True
+            files = [source]
         elif os.path.isdir(source):
-            files = [Path(d, f) for d, _, names in os.walk(source) for f in names]
-            files = [p for p in files if p.is_file() and not any(x.startswith('.') or x == '__pycache__' for x in p.relative_to(source).parts)]
-            if not files:
-                raise UsageError(f'folder {source} holds no files')
-            for p in sorted(files):
-                found.setdefault(p, False)
+            files, none = list(walk(source)), f'folder {source} holds no files'
         else:
-            paths = [source] if os.path.isfile(source) else sorted(p for p in glob.glob(source, recursive=True) if os.path.isfile(p))
-            if not paths:
-                raise UsageError(f"no input {source}: give files, folders, globs, 'stdlib', 'shakespeare' or hf:NAME of a dataset")
-            found.update((Path(p), True) for p in paths)
-    return list(found.items())
+            files, none = [Path(p) for p in ([source] if os.path.isfile(source) else glob.glob(source, recursive=True)) if os.path.isfile(p)], f'no input {source}'
+        if not files:
+            raise UsageError(f"{none}: give files, folders, globs, 'stdlib', 'shakespeare' or hf:NAME of a dataset")
+        for path in sorted(files):
+            found[path] = found.get(path, False) or not (source == 'stdlib' or os.path.isdir(source))
+    return found
 
 
-def download_shakespeare(out):
-    path = out / 'input.txt'
+def download_shakespeare(path):
     if not path.is_file():
         try:
             with urllib.request.urlopen(SHAKESPEARE, timeout=30) as response:
                 text = response.read()
-        except OSError as e:
+        except Exception as e:  # urllib lets through those of http and ssl too
             raise UsageError(f"shakespeare could not be downloaded ({e}): offline, 'stdlib' works, and so does any text file or folder of yours")
-        out.mkdir(parents=True, exist_ok=True)
-        (out / 'input.txt.tmp').write_bytes(text)
-        os.replace(out / 'input.txt.tmp', path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_beside(path, text)
     return path
 
 
@@ -276,7 +289,14 @@ def need(module, why):
     try:
         return __import__(module, fromlist=['_'])
     except ImportError:
-        raise UsageError(f'{why} needs {module.split(".")[0]}: pip install {module.split(".")[0]}')
+        name = module.split('.')[0]
+        raise UsageError(f'{why} needs {name}: pip install {name}')
+
+
+def kind(path):
+    """'x.jsonl.gz' -> ('.jsonl', '.gz'); a document a file: ('', ...)."""
+    rows, packing = re.search(r'(\.jsonl|\.ndjson|\.parquet)?(\.gz|\.zst)?$', str(path).lower()).groups('')
+    return ('hf' if str(path).startswith('hf:') else rows), packing
 
 
 # Where a text may be cut without changing a token: behind a line break that stands alone and before a letter or digit, or before a single space
@@ -285,35 +305,25 @@ def need(module, why):
 SAFE_CUT = re.compile(r'(?<=\S\n)(?=[^\W_])|(?<=[^\W\d_])(?= [^\W\d_])')
 
 
-def last_cut(text, anywhere):
-    """The last place in text[HASHED:] to cut at, or 0."""
-    for window in (2**10, 2**15, len(text) - HASHED):
-        start = len(text) - window
-        cuts = [m.start() for m in SAFE_CUT.finditer(text[start:])]
-        if cuts:
-            return start + cuts[-1]
-    return len(text) if anywhere else 0
-
-
-def text_pieces(stream, anywhere):
-    """One document as pieces (text, is the last one), about PIECE characters each. A text with no safe cut stays whole, in memory."""
-    decoder = codecs.getincrementaldecoder('utf-8')()
-    text, wanted, read = '', PIECE, 0
-    while block := stream.read(PIECE):
+def text_pieces(stream, cut_at, binary):
+    """One document as pieces (text, is the last one), about PIECE characters each. A text where nothing matches cut_at stays whole, in memory."""
+    decoder, text, read, block = codecs.getincrementaldecoder('utf-8')(), '', 0, True
+    while block:
+        block = stream.read(PIECE)
         try:
-            text += decoder.decode(block)
+            text += decoder.decode(block, final=not block)
         except UnicodeDecodeError as e:
-            raise ValueError(f'is not UTF-8 text near byte {read + e.start}')
+            raise UnicodeError(f'is not UTF-8 text near byte {read + e.start}')
+        if b'\0' in block and not binary:
+            raise UnicodeError('is not text: it holds zero bytes')
         read += len(block)
-        if len(text) >= wanted:
-            cut = last_cut(text, anywhere)
-            if cut:
-                yield text[:cut], False
-            text, wanted = text[cut:], PIECE if cut else 2 * len(text)  # twice: looking again at every block would be quadratic
-    try:
-        decoder.decode(b'', final=True)
-    except UnicodeDecodeError:
-        raise ValueError('is not UTF-8 text: it ends within a character')
+        if block and len(text) >= PIECE:
+            for window in (2**12, PIECE):
+                start = max(HASHED, len(text) - window)
+                if cuts := [m.start() for m in cut_at.finditer(text[start:])]:
+                    yield text[:start + cuts[-1]], False
+                    text = text[start + cuts[-1]:]
+                    break
     if read:
         yield text, True
 
@@ -323,106 +333,121 @@ def draw(text):
     return int.from_bytes(hashlib.blake2b(text[:HASHED].encode(), digest_size=8).digest(), 'big') / 2**64
 
 
-def documents(path, named, anywhere, skipped, bar):
-    """Items (where, text or bytes of a JSON line, number drawn or None, is the end of the document) of one input."""
-    name = re.sub(r'\.(gz|zst)$', '', str(path).lower())
-    if str(path).startswith('hf:'):
-        repo, _, config = path[3:].partition(':')
-        try:
-            rows = need('datasets', path).load_dataset(repo, config or None, split='train', streaming=True)
-        except Exception as e:
-            raise UsageError(f'{path} could not be loaded: {type(e).__name__}: {e}')
-        yield from row_documents(path, rows)
-        return
-    drawn, start = None, bar.n
+def train_then_val(items, train_bytes):
+    """The items of a lone text: behind train_bytes a second document begins, for validation."""
+    for where, text, _, last in items:
+        data = text.encode()
+        if 0 < train_bytes <= len(data):
+            head = data[:train_bytes].decode(errors='ignore')
+            yield where, head, 1.0, True
+            text, train_bytes = text[len(head):], 0
+        yield where, text, float(train_bytes > 0), last
+        train_bytes -= len(data)
+
+
+def documents(path, named, cut_at, skipped, bar):
+    """Items (where, text or bytes of a JSON line, number drawn or None, is the end of the document) of one input.
+
+    named: the user gave this very file. cut_at: where a text may be cut into pieces. skipped: collects files that are not text. ValueError on bad input.
+    """
+    def rows(found):
+        for number, row in enumerate(found):
+            if not isinstance(row.get('text'), str):
+                raise ValueError(f'row {number} has no string in a column "text"')
+            yield f'{path}, row {number}', row['text'], None, True
+
+    start, drawn, (form, packing) = bar.n, None, kind(path)
     try:
+        if form == 'hf':
+            name, _, config = path[3:].partition(':')
+            yield from rows(need('datasets', path).load_dataset(name, config or None, split='train', streaming=True))
+            return
         with open(path, 'rb') as raw:
-            if name.endswith('.parquet'):
-                yield from row_documents(path, (row for batch in need('pyarrow.parquet', path).ParquetFile(raw).iter_batches(256, columns=['text'])
-                                                for row in batch.to_pylist()))
-                return
-            stream = raw
-            if str(path).lower().endswith('.gz'):
-                stream = gzip.GzipFile(fileobj=raw)
-            elif str(path).lower().endswith('.zst'):
-                zstandard = need('zstandard', path)
-                stream = io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True), 2**20)
-            if name.endswith(('.jsonl', '.ndjson')):
+            stream = gzip.GzipFile(fileobj=raw) if packing == '.gz' else raw
+            if packing == '.zst':
+                unpack = need('zstandard', path).ZstdDecompressor(max_window_size=2**31)
+                stream = io.BufferedReader(unpack.stream_reader(raw, read_across_frames=True), 2**20)
+            if form == '.parquet':
+                yield from rows(row for table in need('pyarrow.parquet', path).ParquetFile(raw).iter_batches(256, columns=['text']) for row in table.to_pylist())
+            elif form:
                 for number, line in enumerate(stream, 1):
                     bar.update(start + raw.tell() - bar.n)
                     if line.strip():
                         yield f'{path}, line {number}', line, None, True
-                return
-            for text, last in text_pieces(stream, anywhere):
-                bar.update(start + raw.tell() - bar.n)
-                drawn = draw(text) if drawn is None else drawn
-                yield str(path), text, drawn, last
-    except ValueError as e:
+            else:
+                for text, last in text_pieces(stream, cut_at, named):
+                    bar.update(start + raw.tell() - bar.n)
+                    drawn = draw(text) if drawn is None else drawn
+                    yield str(path), text, drawn, last
+    except UnicodeError as e:
         if named or drawn is not None:  # in a folder too, once a part of it is written
-            raise UsageError(f'{path} {e}: convert it to UTF-8, or leave it out')
+            raise ValueError(f'{path} {e}: convert it to UTF-8, or leave it out')
         skipped.append(path)
-    except Exception as e:  # each compression library has its own
-        raise UsageError(f'{path} cannot be read: {e}')
-
-
-def row_documents(path, rows):
-    for number, row in enumerate(rows):
-        if not isinstance(row.get('text'), str):
-            raise UsageError(f'{path}, row {number}: has no string in a column "text"')
-        yield f'{path}, row {number}', row['text'], None, True
+    except Exception as e:  # each library has its own
+        raise ValueError(f'{path} cannot be read: {e}')
 
 
 def batches(items):
-    """Lists of items with about PIECE characters together, so that a worker gets neither crumbs nor everything."""
+    """Pairs (place of the last item, items) with about PIECE characters together, so that a worker gets neither crumbs nor everything."""
     batch, size = [], 0
-    for item in items:
+    for place, item in items:
         batch.append(item)
         size += len(item[1])
         if size >= PIECE:
-            yield batch
+            yield place, batch
             batch, size = [], 0
     if batch:
-        yield batch
+        yield place, batch
 
 
 # encoding
 
-def start_worker(tokenizer, folder, val_fraction, dtype):
-    global encode
+def encode_batch(enc, val_fraction, dtype, batch):
+    """Items -> ((train, val) tokens, documents ended [2], bytes [2])."""
+    tokens, ended, size = ([np.zeros(0, dtype)], [np.zeros(0, dtype)]), [0, 0], [0, 0]
+    for where, text, drawn, last in batch:
+        if drawn is None:  # a row: a document of its own
+            try:
+                text = json.loads(text)['text'] if isinstance(text, bytes) else text
+                text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')  # half a surrogate pair is no character
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise ValueError(f'{where} is not a JSON object with a string "text"')
+            if not text:
+                continue
+            drawn = draw(text)
+        side, data = int(drawn < val_fraction), text.encode()
+        tokens[side].append(np.frombuffer(data, np.uint8).astype(dtype) if enc.name == 'bytes' else np.array(enc.encode_ordinary(text), dtype))
+        size[side] += len(data)
+        if last:
+            tokens[side].append(np.array([enc._special_tokens[EOT]], dtype))
+            ended[side] += 1
+    return [np.concatenate(t) for t in tokens], ended, size
+
+
+def start_worker(*settings):
+    global worker_settings
+    worker_settings = settings
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()  # die with it
-    encode = encoder(load_tokenizer(tokenizer, folder), val_fraction, dtype)
 
 
 def encode_in_worker(batch):
-    return encode(batch)
+    return encode_batch(*worker_settings, batch)
 
 
-def encoder(enc, val_fraction, dtype):
-    """The function batch -> ((train, val) tokens, documents [2], bytes [2], lowest number drawn)."""
-    eot = np.array([enc._special_tokens[EOT]], dtype)
-
-    def encode(batch):
-        tokens, ended, size, lowest = ([], []), [0, 0], [0, 0], 1.0
-        for where, text, drawn, last in batch:
-            if isinstance(text, bytes):
-                try:
-                    text = json.loads(text)['text']
-                    text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')  # half a surrogate pair is no character
-                except (ValueError, KeyError, TypeError, AttributeError):
-                    raise ValueError(f'{where}: is not a JSON object with a string "text"')
-            if not text:
-                continue
-            drawn = draw(text) if drawn is None else drawn
-            lowest = min(lowest, drawn)
-            side = int(drawn < val_fraction)
-            tokens[side].append(encode_array(enc, text, dtype))
-            size[side] += len(text.encode())
-            if last:
-                tokens[side].append(eot)
-                ended[side] += 1
-        return [np.concatenate(t) if t else np.zeros(0, dtype) for t in tokens], ended, size, lowest
-    return encode
+def encode_all(todo, settings, workers):
+    """Pairs (place, encoded batch), in order; workers: processes, 1: this one."""
+    if workers == 1:
+        yield from ((place, encode_batch(*settings, batch)) for place, batch in todo)
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), start_worker, settings) as pool:
+        pending = deque()
+        for place, batch in todo:
+            pending.append((place, pool.submit(encode_in_worker, batch)))
+            if len(pending) > 3 * workers:  # bounded, so that reading cannot run away from encoding
+                place, future = pending.popleft()
+                yield place, future.result()
+        yield from ((place, future.result()) for place, future in pending)
 
 
 class Shards:
@@ -442,22 +467,19 @@ class Shards:
         while len(tokens):
             i, at = divmod(self.tokens, self.limit)
             if at == 0:
-                self.close()
+                self.sync(close=True)
                 self.file = open(self.path(i, '.tmp'), 'wb')
             part = tokens[:self.limit - at]
             self.file.write(part.tobytes())
             self.tokens += len(part)
             tokens = tokens[len(part):]
 
-    def sync(self):
+    def sync(self, close=False):
         if self.file:
             self.file.flush()
             os.fsync(self.file.fileno())
-
-    def close(self):
-        if self.file:
-            self.sync()
-            self.file.close()
+            if close:
+                self.file.close()
 
     def files(self):
         """The list for meta.json."""
@@ -465,16 +487,13 @@ class Shards:
                 for i in range(-(-self.tokens // self.limit))]
 
 
-def copy_file(source, target):
-    tmp = target.with_name(f'{target.name}.{os.getpid()}.tmp')
-    shutil.copyfile(source, tmp)
-    os.replace(tmp, target)
+def remove(out, pattern, keep=()):
+    for path in out.iterdir():
+        if re.fullmatch(pattern, path.name) and path.name not in keep:
+            path.unlink()
 
 
-def write_json(path, value):
-    tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')  # two jobs of an array may end at the same time
-    tmp.write_text(json.dumps(value, indent=1))
-    os.replace(tmp, path)
+UNFINISHED = r'(train|val)(_\d{5,})?\.bin\.tmp|progress\.json'
 
 
 def prepare(sources=('stdlib',), out='data/stdlib', tokenizer='bytes', val_fraction=0.02, shard_tokens=0, shard=None, workers=None):
@@ -483,124 +502,105 @@ def prepare(sources=('stdlib',), out='data/stdlib', tokenizer='bytes', val_fract
     sources: names and paths as on the command line. shard_tokens: most tokens of a file, 0: all in one. shard: 'i/n', this job's part of the
     input files. workers: processes, default all cores. Exits with a sentence on bad input.
     """
-    out = Path(out)
+    out = whole = Path(out)
     if not 0 < val_fraction < 1:
-        raise UsageError(f'val_fraction must lie between 0 and 1, not {val_fraction}')
-    inputs = find_inputs(sources, out)
-    whole = out
+        raise UsageError(f'--val_fraction must lie between 0 and 1, not {val_fraction}')
+    if not (shard_tokens == 0 or 1 <= shard_tokens < sys.maxsize) or (workers is not None and workers < 1):
+        raise UsageError(f'--shard_tokens and --workers must be at least 1, not {shard_tokens} and {workers}')
+    inputs = list(find_inputs(sources, out).items())
+    lone = not shard and len(inputs) == 1 and not kind(inputs[0][0])[0]
     if shard:
         i, n = map(int, shard.split('/')) if re.fullmatch(r'\d+/\d+', shard) else (0, 0)
-        if i >= n or n > len(inputs):
+        if not i < n <= len(inputs):
             raise UsageError(f'--shard must be i/n with i from 0 to n - 1 and n at most the number of input files, {len(inputs)}, not {shard}')
-        inputs, out = inputs[i::n], out / f'shard_{i:05d}_of_{n:05d}'
+        inputs, out = inputs[len(inputs) * i // n:len(inputs) * (i + 1) // n], out / f'shard_{i:05d}_of_{n:05d}'
     enc = load_tokenizer(tokenizer)
-    dtype = 'uint16' if enc.n_vocab <= 2**16 else 'uint32'
+    suffix = Path(tokenizer).suffix if Path(tokenizer).suffix in ('.tiktoken', '.json') else ''
+    meta = {'adaponder_data': 1, 'tokenizer': 'tokenizer' + suffix if suffix else str(tokenizer),
+            'tokenizer_sha256': enc.sha256, 'vocab_size': enc.n_vocab, 'eot': enc._special_tokens[EOT],
+            'dtype': 'uint16' if enc.n_vocab <= 2**16 else 'uint32', 'source': [str(s) for s in sources], 'val_fraction': val_fraction}
     out.mkdir(parents=True, exist_ok=True)
-    if Path(tokenizer).suffix in ('.tiktoken', '.json'):
-        kept, sha = 'tokenizer' + Path(tokenizer).suffix, file_sha256(tokenizer)
-        if Path(tokenizer).resolve() != (out / kept).resolve():
-            copy_file(tokenizer, out / kept)
-    else:
-        kept, sha = tokenizer, ranks_sha256(enc)
-    meta = {'adaponder_data': 1, 'tokenizer': kept, 'tokenizer_sha256': sha, 'vocab_size': enc.n_vocab, 'eot': enc._special_tokens[EOT],
-            'dtype': dtype, 'source': [str(s) for s in sources], 'val_fraction': val_fraction}
 
-    stats = [(str(p), *(os.stat(p)[6:9:2] if isinstance(p, Path) else ())) for p, _ in inputs]
-    job = hashlib.sha256(json.dumps([meta, stats, val_fraction, shard_tokens, shard]).encode()).hexdigest()
-    state = {'job': job, 'batches': 0, 'tokens': [0, 0], 'documents': [0, 0], 'bytes': [0, 0], 'lowest': 1.0}
-    state_file = out / 'progress.json'
-    if state_file.is_file() and (old := json.loads(state_file.read_text()))['job'] == job:
+    stats = [os.stat(path) if isinstance(path, Path) else None for path, _ in inputs]
+    sizes = [s.st_size if s else 0 for s in stats]
+    job = [meta, shard, shard_tokens, [[str(path), s and s.st_size, s and s.st_mtime] for (path, _), s in zip(inputs, stats)]]
+    state = {'job': hashlib.sha256(json.dumps(job).encode()).hexdigest(), 'place': [0, 0], 'tokens': [0, 0], 'documents': [0, 0], 'bytes': [0, 0]}
+    progress = out / 'progress.json'
+    if progress.is_file() and (old := json.loads(progress.read_text()))['job'] == state['job']:
         state = old
     else:
-        state_file.unlink(missing_ok=True)  # its token files are about to be overwritten
-    sides = [Shards(out, split, dtype, int(shard_tokens), n) for split, n in zip(('train', 'val'), state['tokens'])]
+        remove(out, UNFINISHED)
+    sides = [Shards(out, split, meta['dtype'], int(shard_tokens), n) for split, n in zip(('train', 'val'), state['tokens'])]
 
-    single = not shard and len(inputs) == 1 and isinstance(inputs[0][0], Path) and not re.search(r'\.(jsonl|ndjson|parquet)(\.gz|\.zst)?$', inputs[0][0].name.lower())
-    skipped, sizes = [], [s[1] if len(s) > 1 else 0 for s in stats]
+    skipped, saved = [], time.monotonic()
     bar = tqdm(total=sum(sizes), unit='B', unit_scale=True, desc=str(out), mininterval=0.5)
 
     def items():
-        for n, (path, named) in enumerate(inputs):
-            for where, text, drawn, last in documents(path, named, tokenizer == 'bytes', skipped, bar):
-                yield where, text, 1.0 if single else drawn, last
-            bar.update(sum(sizes[:n + 1]) - bar.n)
+        """Pairs (place, item) from where an interruption left off; place: number of an input file, and of an item within."""
+        first, done = state['place']
+        cut_at = re.compile('') if enc.name == 'bytes' else SAFE_CUT
+        bar.update(sum(sizes[:first]))
+        for n, (path, named) in enumerate(inputs[first:], first):
+            end, found = bar.n + sizes[n], documents(path, named, cut_at, skipped, bar)
+            if lone:
+                size = sum(len(text.encode()) for _, text, *_ in documents(path, named, cut_at, [], tqdm(disable=True)))
+                found = train_then_val(found, size - max(1, int(size * val_fraction)))
+            for k, item in enumerate(found, 1):
+                if n > first or k > done:
+                    yield (n, k), item
+            bar.update(end - bar.n)
 
-    def results():
-        todo = batches(items())
-        for _ in range(state['batches']):  # done before the interruption
-            next(todo, None)
-        if tokenizer == 'bytes' or workers == 1 or sum(sizes) < 8 * PIECE:
-            yield from map(encoder(enc, val_fraction, dtype), todo)
-            return
-        count = workers or os.cpu_count()
-        with ProcessPoolExecutor(count, multiprocessing.get_context('spawn'), start_worker, (meta, out, val_fraction, dtype)) as pool:
-            pending = deque()
-            for batch in todo:
-                pending.append(pool.submit(encode_in_worker, batch))
-                if len(pending) > 3 * count:  # bounded, so that reading cannot run away from encoding
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-
-    saved = time.monotonic()
+    small = tokenizer == 'bytes' or all(stats) and sum(sizes) < 8 * PIECE  # starting processes would take longer
     try:
-        for tokens, ended, size, lowest in results():
-            for side in (0, 1):
-                sides[side].write(tokens[side])
-                state['tokens'][side] = sides[side].tokens
-                state['documents'][side] += ended[side]
-                state['bytes'][side] += size[side]
-            state['lowest'] = min(state['lowest'], lowest)
-            state['batches'] += 1
-            if time.monotonic() - saved > 10:
+        for place, (tokens, ended, size) in encode_all(batches(items()), (enc, val_fraction, meta['dtype']), 1 if small else workers or os.cpu_count()):
+            for i in (0, 1):
+                sides[i].write(tokens[i])
+                state['tokens'][i] += len(tokens[i])
+                state['documents'][i] += ended[i]
+                state['bytes'][i] += size[i]
+            state['place'] = place
+            if time.monotonic() - saved > SAVE_EVERY:
                 for side in sides:
                     side.sync()
-                write_json(state_file, state)
+                write_beside(progress, json.dumps(state).encode())
                 saved = time.monotonic()
+        if not sum(state['tokens']):
+            raise ValueError(f'no text in {", ".join(meta["source"])}')
+        for i, side in enumerate(sides):
+            side.sync(close=True)
+            meta[side.split] = {k: state[k][i] for k in ('tokens', 'documents', 'bytes')} | {'files': side.files()}
+        if not shard:
+            check_split(meta)
+    except OSError as e:
+        raise UsageError(f'{e}: once that is mended, the same command continues')
     except BrokenExecutor:
-        raise UsageError('a worker process died, perhaps for lack of memory: try fewer --workers')
-    except (ValueError, OSError) as e:
-        raise UsageError(str(e))
+        raise UsageError('a worker process died, perhaps for lack of memory: try fewer --workers; the same command continues')
+    except (ValueError, UsageError) as e:
+        remove(out, UNFINISHED)
+        raise e if isinstance(e, UsageError) else UsageError(str(e))
     finally:
         bar.close()
 
-    train, val = sides
-    if sum(state['tokens']) == 0:
-        raise UsageError(f'no text in {", ".join(map(str, sources))}')
-    if single:  # one document: its end, within its last file, is the validation text
-        last = (train.tokens - 1) // train.limit
-        inside = train.tokens - last * train.limit
-        n = min(int(train.tokens * val_fraction), inside - 1)
-        if n:
-            state_file.unlink(missing_ok=True)
-            train.close()
-            tail = np.fromfile(train.path(last, '.tmp'), dtype, offset=(inside - n) * train.dtype.itemsize)
-            train = Shards(out, 'train', dtype, train.limit, train.tokens - n)
-            val.write(tail)
-            size = len(enc.decode_bytes(tail[:-1].tolist()))
-            state['bytes'], state['documents'] = [state['bytes'][0] - size, size], [1, 1]
-    for i, (name, side) in enumerate((('train', train), ('val', val))):
-        side.close()
-        meta[name] = {'tokens': side.tokens, 'documents': state['documents'][i], 'bytes': state['bytes'][i], 'files': side.files()}
-    if not shard:
-        check_split(meta, f'above {state["lowest"]:.3g}' if not val.tokens else 'smaller')
     (out / 'meta.json').unlink(missing_ok=True)  # not true while the files change
-    state_file.unlink(missing_ok=True)
-    for name in ('train', 'val'):
-        for file in meta[name]['files']:
-            os.replace(out / (file['name'] + '.tmp'), out / file['name'])
-    write_json(out / 'meta.json', meta)
+    progress.unlink(missing_ok=True)
+    names = [file['name'] for side in sides for file in meta[side.split]['files']]
+    for name in names:
+        os.replace(out / f'{name}.tmp', out / name)
+    remove(out, r'(train|val)(_\d{5,})?\.bin', keep=names)  # of an earlier preparation
+    if suffix and Path(tokenizer).resolve() != (out / meta['tokenizer']).resolve():
+        write_beside(out / meta['tokenizer'], Path(tokenizer).read_bytes())
+    write_beside(out / 'meta.json', json.dumps(meta, indent=1).encode())
     if skipped:
-        print(f'skipped {len(skipped)} files that are not UTF-8 text, the first {skipped[0]}')
+        print(f'skipped {len(skipped)} files that are not text in UTF-8, the first {skipped[0]}')
     print(f'{out}: ' + ', '.join(f'{s} {meta[s]["tokens"]:,} tokens in {meta[s]["documents"]:,} documents' for s in ('train', 'val')))
     return join_shards(whole, n, meta) if shard else meta
 
 
-def check_split(meta, hint):
-    for name, split in (('validation', 'val'), ('training', 'train')):
+def check_split(meta):
+    for split in ('train', 'val'):
         if not meta[split]['tokens']:
-            raise UsageError(f'none of the {meta["train"]["documents"] + meta["val"]["documents"]} documents fell into the {name} split: '
-                             f'give more documents, or a --val_fraction {hint}')
+            raise UsageError(f'the {split} split of {meta["train"]["documents"] + meta["val"]["documents"]} documents would be empty: '
+                             'give more documents, or another --val_fraction')
 
 
 def join_shards(whole, n, meta):
@@ -611,35 +611,36 @@ def join_shards(whole, n, meta):
         print(f'{whole}: {len(missing)} of {n} shards still to come, the next {missing[0]}')
         return meta
     metas = [json.loads((f / 'meta.json').read_text()) for f in folders]
-    settings = [{k: v for k, v in m.items() if k not in ('train', 'val')} for m in metas]
-    if any(s != settings[0] for s in settings):
-        raise UsageError(f'the shards in {whole} were made with different sources, tokenizers or val_fraction: prepare the odd ones again')
-    joined = dict(settings[0])
+    joined = {k: v for k, v in meta.items() if k not in ('train', 'val')}
+    odd = [f.name for f, m in zip(folders, metas) if joined != {k: v for k, v in m.items() if k not in ('train', 'val')}]
+    if odd:
+        raise UsageError(f'{", ".join(odd)} in {whole} were made with other sources, tokenizer or val_fraction: prepare them again')
     for split in ('train', 'val'):
         joined[split] = {k: sum(m[split][k] for m in metas) for k in ('tokens', 'documents', 'bytes')}
         joined[split]['files'] = [f | {'name': f'{d.name}/{f["name"]}'} for d, m in zip(folders, metas) for f in m[split]['files']]
-    check_split(joined, 'that is different')
-    if (folders[0] / joined['tokenizer']).is_file():
-        copy_file(folders[0] / joined['tokenizer'], whole / joined['tokenizer'])
-    write_json(whole / 'meta.json', joined)
+    check_split(joined)
+    kept = folders[0] / joined['tokenizer']
+    if kept.is_file():
+        write_beside(whole / kept.name, kept.read_bytes())
+    write_beside(whole / 'meta.json', json.dumps(joined, indent=1).encode())
     print(f'{whole}: all {n} shards are there')
     return joined
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('sources', nargs='*', default=['stdlib'], help='files, folders, globs, stdlib (default), shakespeare, hf:NAME[:CONFIG]')
+    parser.add_argument('sources', nargs='*', default=['stdlib'], help='files, folders, globs, stdlib (default), shakespeare, hf:NAME[:CONFIG] of datasets')
     parser.add_argument('--tokenizer', default='bytes', help='bytes (default), gpt2 or another tiktoken name, a .tiktoken or tokenizer.json file')
-    parser.add_argument('--out', help='default: data/NAME')
-    parser.add_argument('--val_fraction', type=float, default=0.02, help='share of the documents, or of a single one, kept for validation (0.02)')
+    parser.add_argument('--out', help='default: data/NAME, from the name of the first source')
+    parser.add_argument('--val_fraction', type=float, default=0.02, help='share of the documents, or of a lone one, kept for validation (0.02)')
     parser.add_argument('--shard_tokens', type=float, default=0, help='most tokens in a file, e.g. 1e9 (default: one file)')
-    parser.add_argument('--shard', metavar='i/n', help="do only every n-th input file from the i-th on, for job arrays; the last job to end joins all n")
+    parser.add_argument('--shard', metavar='i/n', help='do only the i-th (from 0) of n parts of the input files, for job arrays; the last job to end joins all')
     parser.add_argument('--workers', type=int, help='processes (default: all cores)')
     args = parser.parse_args()
-    out = args.out or 'data/' + Path(args.sources[0].removeprefix('hf:')).name.split('.')[0]
+    name = Path(re.split(r'[*?[]', args.sources[0].replace('hf:', ''))[0]).resolve().name.lstrip('.')
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        prepare(args.sources, out, args.tokenizer, args.val_fraction, args.shard_tokens, args.shard, args.workers)
+        prepare(args.sources, args.out or f"data/{re.split('[.:]', name)[0] or 'text'}", args.tokenizer, args.val_fraction, args.shard_tokens, args.shard, args.workers)
     except KeyboardInterrupt:
         print('interrupted: the same command continues', file=sys.stderr)
         sys.exit(130)

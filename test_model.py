@@ -4,23 +4,34 @@ Every claim of this project, held against an independent computation. Run: pytho
 Tests that compare with transformers or tokenizers, or want the files in ../shared, skip with a reason where these are absent.
 """
 import ast
+import base64
+import gzip
+import hashlib
+import io
 import json
 import math
 import os
+import pickle
+import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
+import urllib.error
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_py
+import prepare_data
 from model import AdaPonderConfig, AdaPonderLM, load_checkpoint, sample
 
 HERE = Path(__file__).resolve().parent
@@ -384,6 +395,532 @@ def test_round_trip_through_hugging_face(tmp_path):
     assert back.cfg == m.cfg and all(torch.equal(a, b) for a, b in zip(m.state_dict().values(), back.state_dict().values()))
     again = transformers.GPTNeoXForCausalLM.from_pretrained(tmp_path / 'b')
     assert all(torch.equal(p, q) for p, q in zip(hf.state_dict().values(), again.state_dict().values()))
+
+
+# prepare_data.py
+
+def nasty(rng, n):
+    """n characters or a few more of text that tokenizers get wrong."""
+    def some(least, most, *choices):
+        return ''.join(rng.choice(rng.choice(choices)) for _ in range(rng.randint(least, most)))
+
+    marks = [chr(c) for block in ((0x300, 0x36F), (0x5B0, 0x5C5), (0x653, 0x655), (0x93C, 0x94D), (0x1AB0, 0x1ACE), (0x20D0, 0x20F0), (0x1D165, 0x1D172), (0x1E130, 0x1E136))
+             for c in range(*block)] + ['\u09be', '\u0dcf', '\u102e', '\u3099', '\u0f71\u0f72', '\u0f74']
+    specials = ['<|endoftext|>', '<|padding|>', '<|unk|>', '<|endof', 'text|>', '<|', '|>', '<|endoftext|', '<|  |>', 'ab\t', '\tcd']
+    kinds = [lambda: ' ' * rng.randint(1, 60), lambda: some(1, 12, ' ', '  ', '\t\n', ' \t\n\r\x0b\x0c\x1c\x85\xa0\u1680\u2003\u2028\u202f\u3000\u180e\u200b\ufeff'),
+             lambda: rng.choice('\t\n\r') * rng.randint(1, 4) + ' ' * rng.randint(1, 26) + rng.choice(['', '\t', '\n', 'x', '\n\n  ']), lambda: rng.choice(specials) * rng.randint(1, 2),
+             lambda: some(1, 6, [chr(c) for c in (rng.randrange(0xD800), rng.randrange(0xE000, 0x10000), *(rng.randrange(p << 16, (p + 1) << 16) for p in range(1, 17)))]),
+             lambda: some(1, 3, 'aeiouyAENnÅqक가각Αωшдالאبཀ', [chr(rng.randrange(0x1100, 0x1200)), 'ﬁ', 'Å', '\u212b', '\u1e9b\u0323', '豈', '\U0002f80f']) + some(1, 5, marks),
+             lambda: rng.choice(['👩\u200d👩\u200d👧\u200d👦', '🏳️\u200d🌈', '👍🏽', '🇩🇪', '❤️', '☃', '1️⃣', '𝔘𝔫𝔦']) * rng.randint(1, 3),
+             lambda: rng.choice(["I'll", "don't", "'S", " 'tis", "we've'd", '0x1F', '3.14159', '２０２４', '½Ⅷ²', '!!!', ' ...', '#$%', '_a_b', 'ĠĊ', '\0\x01', '\x7f']),
+             lambda: rng.choice(['the', ' quick', 'Fox', 'función', '日本語', 'русский', 'العربية', 'if x:', 'aaaa', 'ab', 'cd ef', ' a b c']) * rng.randint(1, 3)]
+    text = []
+    while n > 0:
+        text.append(rng.choice(kinds)())
+        n -= len(text[-1])
+    return ''.join(text)
+
+
+def assert_same_tokens(enc, hf, rng, n):
+    """Special tokens as tokens and as ordinary text, and back again."""
+    for _ in range(max(1, n // 2000)):
+        text = nasty(rng, min(n, 2000))
+        for as_text in (False, True):
+            hf.encode_special_tokens = as_text
+            want = hf.encode(text, add_special_tokens=False).ids
+            got = enc.encode_ordinary(text) if as_text else enc.encode(text, allowed_special='all')
+            assert got == want, f'{text!r} at token {next((i for i, (a, b) in enumerate(zip(got, want)) if a != b), "end")}'
+        assert enc.decode(got) == (hf.normalizer.normalize_str(text) if hf.normalizer else text)
+
+
+def write_tokenizer_json(path, ranks, added=(), **changes):
+    """A byte-level tokenizer.json of GPT-2's form with the tokens of `ranks`; each one's merge found by running the BPE of all before it."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    char = {b: chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)}
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda x: x[1]):
+        parts = [token[i:i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            i = min(range(len(parts) - 1), key=lambda i: r if (r := ranks.get(parts[i] + parts[i + 1], rank)) < rank else rank)
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append([''.join(char[b] for b in part) for part in parts])
+    added = [dict(id=len(ranks) + i, content=content, single_word=False, lstrip=False, rstrip=False, normalized=normalized, special=special)
+             for i, (content, special, normalized) in enumerate([('<|endoftext|>', True, False), *added])]
+    byte_level = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=True)
+    spec = dict(version='1.0', truncation=None, padding=None, added_tokens=added, normalizer=None, pre_tokenizer=byte_level, post_processor=byte_level,
+                decoder=byte_level, model=dict(type='BPE', dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None, fuse_unk=False,
+                                               byte_fallback=False, ignore_merges=False, vocab={''.join(char[b] for b in t): i for t, i in ranks.items()}, merges=merges))
+    path.write_text(json.dumps({**spec, **changes}))
+    return path
+
+
+def small_ranks():
+    """256 bytes and some merges."""
+    words = [b'th', b'the', b' the', b'er', b'in', b'  ', b'    ', b'\n\n', b' a', b'oo', b'\xe2\x80', b'\xcc\x81', b'e\xcc\x81', b'\xc3\xa9', b"'l", b"'ll"]
+    return {t: i for i, t in enumerate([bytes([b]) for b in range(256)] + words)}
+
+
+def shared(name):
+    path = SHARED / 'tokenizers' / name
+    return path if path.is_file() else pytest.skip(f'{path} is not there')
+
+
+def split_tokens(folder, split):
+    """The tokens of a split, its files checked against meta.json."""
+    meta = json.loads((folder / 'meta.json').read_text())
+    parts = []
+    for file in meta[split]['files']:
+        data = (folder / file['name']).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == file['sha256']
+        parts.append(np.frombuffer(data, meta['dtype']))
+        assert len(parts[-1]) == file['tokens']
+    assert sum(map(len, parts)) == meta[split]['tokens']
+    return np.concatenate(parts).tolist() if parts else []
+
+
+def split_texts(folder, split):
+    """The documents of a split, decoded, in order."""
+    meta = json.loads((folder / 'meta.json').read_text())
+    enc, texts, tokens = prepare_data.load_tokenizer(meta, folder), [], []
+    for t in split_tokens(folder, split):
+        if t == meta['eot']:
+            texts.append(enc.decode(tokens))
+            tokens = []
+        else:
+            tokens.append(t)
+    assert not tokens and len(texts) == meta[split]['documents'] and sum(len(t.encode()) for t in texts) == meta[split]['bytes']
+    return texts
+
+
+def some_texts(n, seed=0):
+    rng = random.Random(seed)
+    return [f'{i} ' + nasty(rng, rng.choice([1, 30, 300])) for i in range(n)]
+
+
+def write_jsonl(path, texts):
+    path.write_text(''.join(json.dumps({'text': t, 'meta': {'n': i}}, ensure_ascii=bool(i % 2)) + '\n' * (1 + i % 3 // 2) for i, t in enumerate(texts)))
+    return path
+
+
+def test_bytes_tokenizer():
+    enc, text = prepare_data.load_tokenizer('bytes'), nasty(random.Random(0), 5000)
+    assert enc.encode_ordinary(text) == list(text.encode()) and enc.decode(list(text.encode())) == text
+    assert (enc.n_vocab, enc._special_tokens['<|endoftext|>']) == (257, 256) and isinstance(enc, tiktoken.Encoding)
+    assert enc.encode(f'a{prepare_data.EOT}', allowed_special='all') == [97, 256]
+
+
+def test_gpt2_ranks_are_gpt2(tmp_path):
+    """gpt2.tiktoken and a tokenizer.json made of it, against `tokenizers` and against published token numbers."""
+    tokenizers = pytest.importorskip('tokenizers')
+    enc = prepare_data.load_tokenizer(shared('gpt2.tiktoken'))
+    assert enc.encode_ordinary('Hello, world! <|endoftext|>') == [15496, 11, 995, 0, 1279, 91, 437, 1659, 5239, 91, 29]
+    assert enc.encode('<|endoftext|>', allowed_special='all') == [50256] and enc.n_vocab == 50257
+    path = write_tokenizer_json(tmp_path / 'tokenizer.json', enc._mergeable_ranks)
+    hf, ours = tokenizers.Tokenizer.from_file(str(path)), prepare_data.load_tokenizer(path)
+    for e in (enc, ours):
+        assert_same_tokens(e, hf, random.Random(1), 30_000)
+    assert pickle.loads(pickle.dumps(ours)).encode_ordinary(' x  y') == hf.encode(' x  y').ids
+
+
+def test_neox_tokenizer_is_exact():
+    tokenizers = pytest.importorskip('tokenizers')
+    path = shared('neox20b_tokenizer.json')
+    enc, hf = prepare_data.load_tokenizer(path), tokenizers.Tokenizer.from_file(str(path))
+    assert_same_tokens(enc, hf, random.Random(2), 60_000)
+    for text in ('', ' ', '<|endoftext|>', ' ' * 100, '\n' * 50, 'a' * 3000, '\u0301', '\t \t  \t'):
+        assert enc.encode(text, allowed_special='all') == hf.encode(text).ids or hf.encode_special_tokens
+    assert enc.n_vocab == hf.get_vocab_size() and enc.encode_to_numpy('a   b').tolist() == enc.encode('a   b')
+    with pytest.raises(ValueError, match='special token'):
+        enc.encode('<|endoftext|>')
+
+
+@pytest.mark.parametrize('normalizer', [None, {'type': 'NFC'}])
+def test_added_tokens_are_exact(tmp_path, normalizer):
+    """Special and not, before and after the normalisation, overlapping, one inside another."""
+    tokenizers = pytest.importorskip('tokenizers')
+    added = [('<|padding|>', True, False), ('<|  |>', True, True), ('  ', False, True), ('   ', False, True), ('각', False, True), ('ab\t', False, False), ('\tcd', False, False),
+             ('aa', False, False), ('<|', False, True), ('\n ', False, False), ('\u0301x', False, True), ('日', True, True)]
+    added = [a for a in added if a[0] != '\u0301x' or not normalizer]
+    path = write_tokenizer_json(tmp_path / 'tokenizer.json', small_ranks(), added, normalizer=normalizer)
+    hf, enc = tokenizers.Tokenizer.from_file(str(path)), prepare_data.load_tokenizer(path)
+    assert_same_tokens(enc, hf, random.Random(3), 30_000)
+
+
+REFUSED = [
+    (dict(normalizer={'type': 'NFKC'}), 'normalizer is NFKC'), (dict(pre_tokenizer={'type': 'Whitespace'}), 'pre-tokenizer is Whitespace'),
+    (dict(pre_tokenizer={'type': 'ByteLevel', 'add_prefix_space': True}), 'adds a space in front'), (dict(pre_tokenizer={'type': 'ByteLevel', 'use_regex': False}), 'pre-tokenizer'),
+    (dict(pre_tokenizer=None), 'pre-tokenizer is None'), (dict(post_processor={'type': 'TemplateProcessing'}), 'post-processor TemplateProcessing'), (dict(truncation={'max_length': 9}), 'sets truncation'),
+    (dict(model=dict(type='WordPiece')), 'WordPiece, not BPE'), (dict(model=dict(dropout=0.1)), 'sets dropout'), (dict(model=dict(byte_fallback=True)), 'sets byte_fallback'),
+    (dict(model=dict(ignore_merges=True)), 'sets ignore_merges'), (dict(model=dict(merges=[])), 'made by no merge'), (dict(model=dict(vocab={})), 'gaps or clash'),
+    (dict(added=dict(lstrip=True)), 'its neighbours'), (dict(added=dict(single_word=True)), 'its neighbours'), (dict(added=dict(content='e\u0301')), 'not in NFC'), (dict(added=dict(content='a b')), 'behind a word'),
+    (dict(added=dict(content='b ')), 'behind a word'), (dict(added=dict(content='\nb')), 'behind a word'), (dict(added=dict(content='')), 'empty'), (dict(added=dict(id=999)), 'gaps or clash'),
+    (dict(added=dict(content='the', id=257)), 'not in the vocabulary'), (dict(added=5), 'not the tokenizer.json of a BPE'), (dict(swap=(0, 3)), 'not in the order'), (dict(swap=(0, 1)), 'not in the order')]
+
+
+@pytest.mark.parametrize('change, words', REFUSED)
+def test_tokenizer_json_that_cannot_be_exact_is_refused(tmp_path, capsys, change, words):
+    path = write_tokenizer_json(tmp_path / 'tokenizer.json', small_ranks(), [('++', False, False)])
+    spec = json.loads(path.read_text())
+    for key, value in change.items():
+        if key == 'added':
+            spec['added_tokens'][1] = {**spec['added_tokens'][1], **value} if isinstance(value, dict) else value
+        elif key == 'swap':
+            m, (a, b) = spec['model']['merges'], value
+            m[a], m[b] = m[b], m[a]
+        else:
+            spec[key] = {**spec['model'], **value} if key == 'model' else value
+    path.write_text(json.dumps(spec))
+    refuses(capsys, lambda: prepare_data.load_tokenizer(path), words)
+
+
+def test_bpe_that_tiktoken_would_run_otherwise_is_refused(tmp_path, capsys):
+    """'abc' is made of 'a' and 'bc', yet 'ab' comes first: `tokenizers` never reaches it, tiktoken would join 'ab' and 'c'."""
+    tokenizers = pytest.importorskip('tokenizers')
+    ranks = {**{bytes([b]): b for b in range(256)}, b'ab': 256, b'bc': 257, b'abc': 258}
+    path = write_tokenizer_json(tmp_path / 'tokenizer.json', ranks)
+    path.write_text(path.read_text().replace('["ab", "c"]', '["a", "bc"]'))
+    assert tokenizers.Tokenizer.from_file(str(path)).encode('abc').ids == [256, 99] and prepare_data.HuggingFaceEncoding('x', ranks, [], False).encode('abc') == [258]
+    refuses(capsys, lambda: prepare_data.load_tokenizer(path), 'can form from another pair')
+
+
+@pytest.mark.parametrize('data, words', [(b'YQ== 0 1\n', 'is not a .tiktoken file'), (b'\n', 'is not a .tiktoken file'), (b'*** 0\n', 'is not a .tiktoken file'), (b'YQ== 0\n', 'is not a whole .tiktoken file')])
+def test_broken_rank_file_is_refused(tmp_path, capsys, data, words):
+    (tmp_path / 'x.tiktoken').write_bytes(data)
+    refuses(capsys, lambda: prepare_data.load_tokenizer(tmp_path / 'x.tiktoken'), words)
+
+
+def write_ranks(path, ranks):
+    path.write_bytes(b''.join(base64.b64encode(t) + b' %d\n' % i for t, i in ranks.items()))
+    return path
+
+
+@pytest.mark.parametrize('vocab, dtype', [(2**16, 'uint16'), (2**16 + 1, 'uint32')])
+def test_dtype_holds_the_vocabulary(tmp_path, vocab, dtype):
+    ranks = {bytes([b]): b for b in range(256)}
+    for i in range(vocab - 257):
+        ranks[bytes([33 + i // 94 % 94, 33 + i % 94, 33 + i // 94**2])[:2 if i < 94**2 else 3]] = 256 + i  # pairs, then pairs and a byte
+    path = write_ranks(tmp_path / 'big.tiktoken', ranks)
+    text = nasty(random.Random(7), 500) + ''.join(chr(33 + i % 94) for i in range(3000))
+    (tmp_path / 'x.txt').write_bytes(text.encode())
+    meta = prepare_data.prepare([tmp_path / 'x.txt'], tmp_path / 'out', path)
+    assert (meta['dtype'], meta['vocab_size'], meta['eot']) == (dtype, vocab, vocab - 1)
+    assert split_tokens(tmp_path / 'out', 'train')[-1] == vocab - 1
+    assert ''.join(split_texts(tmp_path / 'out', s)[0] for s in ('train', 'val')) == text
+
+
+def test_every_form_of_input_gives_the_same_documents(tmp_path, monkeypatch, capsys):
+    """Text, code, JSON lines and Parquet rows, packed or not; empty ones left out, order kept, half surrogates replaced, foreign files skipped."""
+    texts = [t.replace('\0', '') for t in some_texts(40)] + ['', 'ends with <|endoftext|>', 'no newline\r\n\r\n', 'half \ud800 a pair']
+    whole = [t.replace('\ud800', '\ufffd') for t in texts if t]
+    folders = {}
+    for form in ('txt', 'jsonl', 'parquet'):
+        for packing in ('', '.gz', '.zst'):
+            folder = folders[form + packing] = tmp_path / 'in' / (form + packing)
+            folder.mkdir(parents=True)
+            if form == 'txt':
+                files = {f'{i:03d}.{"txt" if i % 2 else "py"}': t.replace('\ud800', '\ufffd').encode() for i, t in enumerate(texts)}
+            elif form == 'jsonl':
+                half = len(texts) // 2
+                files = {f'{n}.jsonl': write_jsonl(tmp_path / 'x', part).read_bytes() for n, part in (('a', texts[:half]), ('b', texts[half:]))}
+            elif packing:
+                continue
+            else:
+                pa = pytest.importorskip('pyarrow')
+                table = pa.table({'n': list(range(len(whole) + 1)), 'text': [*whole, '']})
+                __import__('pyarrow.parquet').parquet.write_table(table, folder / 'x.parquet', row_group_size=7)
+                files = {}
+            for name, data in files.items():
+                if packing == '.zst':
+                    zstandard = pytest.importorskip('zstandard')
+                    half = len(data) // 2
+                    data = zstandard.compress(data[:half]) + zstandard.compress(data[half:])  # frames behind each other
+                (folder / (name + packing)).write_bytes(gzip.compress(data) if packing == '.gz' else data)
+    del folders['parquet.gz'], folders['parquet.zst']
+    (folders['txt'] / '.hidden').write_text('hidden')
+    (folders['txt'] / '__pycache__').mkdir()
+    (folders['txt'] / '__pycache__' / 'x.txt').write_text('cache')
+    (folders['txt'] / 'picture.png').write_bytes(b'\x89PNG\r\n')
+    (folders['txt'] / 'tokens.bin').write_bytes(b'a\0b\0')
+    found = {}
+    for name, folder in folders.items():
+        prepare_data.prepare([folder], tmp_path / 'out' / name, val_fraction=0.3)
+        train, val = found[name] = [split_texts(tmp_path / 'out' / name, s) for s in ('train', 'val')]
+        assert sorted(train + val) == sorted(whole) and train == [t for t in whole if t in set(train)] and val == [t for t in whole if t in set(val)]
+        assert ('skipped 2 files' in capsys.readouterr().out) == (name == 'txt')
+    assert all(f == found['txt'] for f in found.values()) and 3 < len(found['txt'][1]) < 25
+    # files and globs, in their order
+    prepare_data.prepare([tmp_path / 'in' / 'txt' / '00[0-4]*', tmp_path / 'in' / 'jsonl.gz' / 'b.jsonl.gz'], tmp_path / 'out' / 'glob', val_fraction=0.3)
+    expect = whole[:5] + whole[len(texts) // 2:]
+    assert split_texts(tmp_path / 'out' / 'glob', 'train') == [t for t in expect if t in set(found['txt'][0])]
+    # a data set by name
+    module = types.ModuleType('datasets')
+    module.load_dataset = lambda name, config, split, streaming: [{'text': t} for t in texts] if (name, config, split, streaming) == ('a/b', 'c', 'train', True) else 1 / 0
+    monkeypatch.setitem(sys.modules, 'datasets', module)
+    prepare_data.prepare(['hf:a/b:c'], tmp_path / 'out' / 'hf', val_fraction=0.3, workers=1)
+    assert [split_texts(tmp_path / 'out' / 'hf', s) for s in ('train', 'val')] == found['txt']
+
+
+def test_split_hangs_on_the_document_alone(tmp_path):
+    texts = [f'document {i}' for i in range(3000)]
+    write_jsonl(tmp_path / 'a.jsonl', texts)
+    write_jsonl(tmp_path / '0.jsonl', [f'another {i}' for i in range(500)])
+    prepare_data.prepare([tmp_path / 'a.jsonl'], tmp_path / 'one', val_fraction=0.1)
+    prepare_data.prepare([tmp_path / 'a.jsonl', tmp_path / '0.jsonl'], tmp_path / 'two', val_fraction=0.1)
+    one, two = (set(split_texts(tmp_path / n, 'val')) for n in ('one', 'two'))
+    assert one == two & set(texts) and 300 - 4 * 17 < len(one) < 300 + 4 * 17 and two - one
+
+
+@pytest.mark.parametrize('tokenizer', ['bytes', 'small', 'gpt2.tiktoken'])
+def test_pieces_of_a_long_document_change_no_token(tmp_path, monkeypatch, tokenizer):
+    """A document that is cut into many pieces has the tokens of the whole, one end and one side, also where a piece ends with the file."""
+    if tokenizer == 'small':
+        tokenizer = write_tokenizer_json(tmp_path / 'tokenizer.json', small_ranks(), [('  ', False, True), ('aa', False, False)], normalizer={'type': 'NFC'})
+    elif tokenizer != 'bytes':
+        tokenizer = shared(tokenizer)
+    monkeypatch.setattr(prepare_data, 'PIECE', 32)
+    monkeypatch.setattr(prepare_data, 'HASHED', 16)
+    rng, enc = random.Random(4), prepare_data.load_tokenizer(tokenizer)
+    texts = [nasty(rng, 9000), ' a b c\nd e\n\nf\n g.\nh\n' * 50, 'x' * 128, 'x' * 127, '\n' * 300, 'é' * 64, 'word ' * 100]
+    pieces = []
+    monkeypatch.setattr(prepare_data, 'encode_batch', lambda *a, f=prepare_data.encode_batch: (pieces.extend(a[-1]), f(*a))[1])
+    for i, text in enumerate(texts):
+        (tmp_path / f'{i}.txt').write_bytes(text.encode())
+    prepare_data.prepare([tmp_path / f'{i}.txt' for i in range(len(texts))], tmp_path / 'out', tokenizer, val_fraction=0.4, workers=1)
+    assert len(pieces) > 80
+    train, val = (split_tokens(tmp_path / 'out', s) for s in ('train', 'val'))
+    want = [enc.encode_ordinary(t) + [enc._special_tokens['<|endoftext|>']] for t in texts]
+    assert train and val and len(train) + len(val) == sum(map(len, want))
+    for tokens in want:
+        rest = train if train[:len(tokens)] == tokens else val
+        assert rest[:len(tokens)] == tokens
+        del rest[:len(tokens)]
+
+
+@pytest.mark.parametrize('piece', [2**20, 100])
+def test_end_of_a_lone_text_is_for_validation(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(prepare_data, 'PIECE', piece)
+    text = nasty(random.Random(5), 3000)
+    (tmp_path / 'x.txt.gz').write_bytes(gzip.compress(text.encode()))
+    prepare_data.prepare([tmp_path / 'x.txt.gz'], tmp_path / 'out', val_fraction=0.1, workers=1)
+    (train,), (val,) = (split_texts(tmp_path / 'out', s) for s in ('train', 'val'))
+    assert train + val == text and abs(len(val.encode()) - len(text.encode()) / 10) < 5
+
+
+def test_shards_join_to_the_same_tokens(tmp_path, capsys):
+    for i in range(7):
+        write_jsonl(tmp_path / f'{i}.jsonl', some_texts(20, seed=i))
+    tokenizer = write_tokenizer_json(tmp_path / 't.json', small_ranks())
+    sources, kw = [tmp_path / '*.jsonl'], dict(tokenizer=tokenizer, val_fraction=0.2)
+    prepare_data.prepare(sources, tmp_path / 'whole', **kw)
+    prepare_data.prepare(sources, tmp_path / 'small', **kw, shard_tokens=1000)
+    for i in (2, 0, 1):
+        assert not (tmp_path / 'jobs' / 'meta.json').exists()
+        prepare_data.prepare(sources, tmp_path / 'jobs', **kw, shard=f'{i}/3', shard_tokens=1000)
+        assert ('all 3 shards are there' if i == 1 else 'still to come') in capsys.readouterr().out
+    metas = [json.loads((tmp_path / n / 'meta.json').read_text()) for n in ('whole', 'small', 'jobs')]
+    assert len(metas[1]['train']['files']) > 5 and all(f['tokens'] == 1000 for f in metas[1]['train']['files'][:-1])
+    for split in ('train', 'val'):
+        assert split_tokens(tmp_path / 'whole', split) == split_tokens(tmp_path / 'small', split) == split_tokens(tmp_path / 'jobs', split)
+        assert split_texts(tmp_path / 'jobs', split) == split_texts(tmp_path / 'whole', split)
+    assert all({**m, 'train': 0, 'val': 0} == {**metas[0], 'train': 0, 'val': 0} for m in metas)
+    # fewer files another time: those of before go
+    prepare_data.prepare(sources, tmp_path / 'small', **kw)
+    assert sorted(p.name for p in (tmp_path / 'small').iterdir()) == ['meta.json', 'tokenizer.json', 'train.bin', 'val.bin']
+    refuses(capsys, lambda: prepare_data.prepare(sources, tmp_path / 'jobs', 'bytes', shard='1/3'), 'shard_00000_of_00003, shard_00002_of_00003')
+
+
+KILLED = '''
+import os, signal, sys, prepare_data as p
+p.PIECE, p.SAVE_EVERY, left = 3000, 0, int(sys.argv[1])
+def dies(f):
+    def call(*a):
+        global left
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        return f(*a)
+    return call
+os.replace, p.Shards.write = dies(os.replace), dies(p.Shards.write)
+p.prepare(sys.argv[4:], sys.argv[2], sys.argv[3], val_fraction=0.3, shard_tokens=1000, workers=1)
+'''
+
+
+def test_killed_preparation_continues(tmp_path, monkeypatch):
+    """kill -9 between any two steps of writing: never a meta.json that is not true, and the same command makes the same files without beginning again."""
+    tokenizer = write_tokenizer_json(tmp_path / 't.json', small_ranks())
+    for i in range(4):
+        write_jsonl(tmp_path / f'{i}.jsonl', some_texts(25, seed=i))
+    (tmp_path / '9.txt').write_bytes(nasty(random.Random(6), 9000).encode())
+    sources = [str(tmp_path / '*.jsonl'), str(tmp_path / '9.txt')]
+    monkeypatch.setattr(prepare_data, 'PIECE', 3000)
+    batches = []
+    monkeypatch.setattr(prepare_data, 'encode_batch', lambda *a, f=prepare_data.encode_batch: (batches.append(1), f(*a))[1])
+    kw = dict(tokenizer=str(tokenizer), val_fraction=0.3, shard_tokens=1000, workers=1)
+    prepare_data.prepare(sources, tmp_path / 'whole', **kw)
+    want, all_batches = {p.name: p.read_bytes() for p in (tmp_path / 'whole').iterdir()}, len(batches)
+    assert all_batches > 8 and len(want) > 15
+    steps = 3 * all_batches  # two writes and one progress file a batch, then the renames
+    for left in (0, 1, 2, 10, steps - 1, steps, steps + 3, steps + len(want) - 3, steps + len(want) - 2, steps + len(want) - 1):
+        out = tmp_path / f'killed{left}'
+        done = subprocess.run([sys.executable, '-c', KILLED, str(left), str(out), str(tokenizer), *sources], cwd=HERE, capture_output=True)
+        assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+        assert not (out / 'meta.json').exists()
+        batches.clear()
+        prepare_data.prepare(sources, out, **kw)
+        assert {p.name: p.read_bytes() for p in out.iterdir() if not re.search(r'\.\d+\.tmp$', p.name)} == want
+        if 10 <= left < steps:
+            assert len(batches) <= all_batches - left // 3 + 1
+
+
+def test_kill_takes_the_workers_along(tmp_path):
+    code = ('import os, sys, time, prepare_data as p; p.PIECE = 1000; make = p.Shards.write\n'
+            'def write(*a): print(*p.multiprocessing.active_children(), flush=True); time.sleep(60)\n'
+            'p.Shards.write = write; p.prepare(sys.argv[1:2], sys.argv[2], sys.argv[3], workers=2)')
+    (tmp_path / 'x.txt').write_text('some words\n' * 2000)
+    tokenizer = write_tokenizer_json(tmp_path / 't.json', small_ranks())
+    child = subprocess.Popen([sys.executable, '-c', code, str(tmp_path / 'x.txt'), str(tmp_path / 'out'), str(tokenizer)], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    pids = [int(pid) for pid in re.findall(r'pid=(\d+)', child.stdout.readline().decode())]
+    child.kill()
+    child.wait()
+    assert len(pids) == 2
+    deadline = time.time() + 20
+    while any(Path(f'/proc/{pid}').exists() and Path(f'/proc/{pid}/stat').read_text().split()[2] != 'Z' for pid in pids):
+        assert time.time() < deadline, 'the workers outlive their parent'
+        time.sleep(0.1)
+
+
+def test_workers_change_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepare_data, 'PIECE', 3000)
+    tokenizer = write_tokenizer_json(tmp_path / 't.json', small_ranks(), [('  ', False, True)], normalizer={'type': 'NFC'})
+    texts = some_texts(400)
+    write_jsonl(tmp_path / 'x.jsonl', texts)
+    for n in (1, 2):
+        prepare_data.prepare([tmp_path / 'x.jsonl'], tmp_path / f'{n}', tokenizer, workers=n, val_fraction=0.2)
+    assert all((tmp_path / '1' / f).read_bytes() == (tmp_path / '2' / f).read_bytes() for f in ('train.bin', 'val.bin', 'meta.json'))
+    (tmp_path / 'x.jsonl').write_text((tmp_path / 'x.jsonl').read_text() + '{"text": 5}\n')
+    refuses(capsys, lambda: prepare_data.prepare([tmp_path / 'x.jsonl'], tmp_path / '3', tokenizer, workers=2), 'x.jsonl, line 534 is not a JSON object with a string "text"')
+
+
+def refuses(capsys, fn, words, code=2):
+    """One sentence on stderr that holds these words, and the exit status of a usage error."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e:
+        fn()
+    lines = [line for line in re.split(r'[\r\n]', capsys.readouterr().err) if line.strip() and 'B/s]' not in line]
+    assert e.value.code == code and len(lines) == 1 and words in lines[0], lines
+
+
+BAD = [
+    (dict(x=b'good \xff bad'), {}, 'x is not UTF-8 text near byte 5: convert it'), (dict(x='ends é'.encode()[:-1]), {}, 'x is not UTF-8 text near byte 6'), (dict(x=b''), {}, 'no text in'),
+    ({'x.gz': b'not packed'}, {}, 'x.gz cannot be read: Not a gzipped file'), ({'x.gz': gzip.compress(b'text' * 999)[:-9]}, {}, 'x.gz cannot be read'), ({'x.zst': b'not packed'}, {}, 'x.zst cannot be read'),
+    ({'x.jsonl': b'{"text": "a"}\n{"text": "b"\n'}, {}, 'x.jsonl, line 2 is not a JSON object'), ({'x.jsonl': b'{"txt": "a"}\n'}, {}, 'line 1 is not a JSON object with a string "text"'),
+    ({'x.jsonl': b'\xff\n'}, {}, 'line 1 is not a JSON'), ({'x.jsonl': b'["text"]\n'}, {}, 'line 1 is not a JSON'), ({'x.jsonl': b'\n\n'}, {}, 'no text in'), ({'x.jsonl': b'{"text": ""}\n'}, {}, 'no text in'),
+    ({'x.parquet': b'no'}, {}, 'x.parquet cannot be read'), ({'x.jsonl': b'{"text": "a"}\n'}, {}, 'the val split of 1 documents would be empty'), (dict(x=b'a'), {}, 'the train split of 1 documents would be empty'),
+    (dict(x=b'text'), dict(val_fraction=0), '--val_fraction must lie between 0 and 1'), (dict(x=b'text'), dict(val_fraction=1.0), '--val_fraction must lie'), (dict(x=b'text'), dict(shard='1'), '--shard must be i/n'),
+    (dict(x=b'text'), dict(shard='0/2'), 'at most the number of input files, 1'), (dict(x=b'text'), dict(shard_tokens=-1), '--shard_tokens and --workers must be'), (dict(x=b'text'), dict(workers=0), '--workers must be at least 1'),
+    ({}, {}, 'holds no files'), (dict(x=b'text'), dict(tokenizer='gpt-2'), "unknown tokenizer 'gpt-2': give bytes, one of gpt2"), (dict(x=b'text'), dict(tokenizer='none.json'), 'no tokenizer file none.json')]
+
+
+@pytest.mark.parametrize('files, kw, words', BAD)
+def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, capsys, files, kw, words):
+    if 'x.zst' in files:
+        pytest.importorskip('zstandard')
+    if 'x.parquet' in files:
+        pytest.importorskip('pyarrow')
+    (tmp_path / 'in').mkdir()
+    for name, data in files.items():
+        (tmp_path / 'in' / name).write_bytes(data)
+    sources = [tmp_path / 'in' / name for name in files] or [tmp_path / 'in']
+    refuses(capsys, lambda: prepare_data.prepare(sources, tmp_path / 'out', **kw), words)
+    assert not (tmp_path / 'out').exists() or not list((tmp_path / 'out').iterdir())
+    # data that was there stays as it was
+    (tmp_path / 'good.txt').write_text('some good text')
+    prepare_data.prepare([tmp_path / 'good.txt'], tmp_path / 'out')
+    before = {p.name: p.read_bytes() for p in (tmp_path / 'out').iterdir()}
+    refuses(capsys, lambda: prepare_data.prepare(sources, tmp_path / 'out', **kw), words)
+    assert {p.name: p.read_bytes() for p in (tmp_path / 'out').iterdir()} == before
+
+
+def test_what_is_missing_is_named(tmp_path, capsys, monkeypatch):
+    prepare = prepare_data.prepare
+    refuses(capsys, lambda: prepare([tmp_path / 'no*'], tmp_path / 'out'), "no*: give files, folders, globs, 'stdlib', 'shakespeare' or hf:NAME")
+    for name, module in (('x.zst', 'zstandard'), ('x.parquet', 'pyarrow'), ('hf:x', 'datasets')):
+        monkeypatch.setitem(sys.modules, module, None)
+        monkeypatch.setitem(sys.modules, f'{module}.parquet', None)
+        (tmp_path / name).write_bytes(b'')
+        refuses(capsys, lambda: prepare([name if module == 'datasets' else tmp_path / name], tmp_path / 'out'), f'pip install {module}')
+    (tmp_path / 'x.txt').write_text('some text')
+
+    def fails(error):
+        def call(*a, **kw):
+            raise error
+        return call
+
+    with monkeypatch.context() as m:
+        m.setattr(prepare_data.urllib.request, 'urlopen', fails(urllib.error.URLError('no network')))
+        refuses(capsys, lambda: prepare(['shakespeare'], tmp_path / 'out'), "could not be downloaded (<urlopen error no network>): offline, 'stdlib' works")
+        m.setattr(prepare_data.urllib.request, 'urlopen', lambda url, timeout: io.BytesIO(b'To be, or not to be'))
+        prepare(['shakespeare'], tmp_path / 'out')
+        assert split_texts(tmp_path / 'out', 'train') == ['To be, or not to b'] and (tmp_path / 'out' / 'input.txt').is_file()
+    with monkeypatch.context() as m:
+        m.setattr(tiktoken, 'get_encoding', fails(ConnectionError()))
+        refuses(capsys, lambda: prepare([tmp_path / 'x.txt'], tmp_path / 'out', 'gpt2'), 'could not download gpt2 (ConnectionError): offline, use bytes or a .tiktoken')
+    with monkeypatch.context() as m:
+        m.setattr('builtins.open', lambda path, *a, f=open, **kw: fails(PermissionError(13, 'Permission denied'))() if str(path).endswith('x.txt') else f(path, *a, **kw))
+        refuses(capsys, lambda: prepare([tmp_path / 'x.txt'], tmp_path / 'out'), 'x.txt cannot be read: [Errno 13] Permission denied')
+    with monkeypatch.context() as m:
+        m.setattr(prepare_data.Shards, 'write', fails(OSError(28, 'No space left on device')))
+        refuses(capsys, lambda: prepare([tmp_path / 'x.txt'], tmp_path / 'out2'), 'No space left on device: once that is mended, the same command continues')
+    with monkeypatch.context() as m:
+        m.setattr(prepare_data, 'encode_all', fails(prepare_data.BrokenExecutor()))
+        refuses(capsys, lambda: prepare([tmp_path / 'x.txt'], tmp_path / 'out2'), 'a worker process died')
+
+
+def test_data_and_its_tokenizer_belong_together(tmp_path, capsys):
+    path = write_tokenizer_json(tmp_path / 't.json', small_ranks())
+    (tmp_path / 'x.txt').write_text('the theory in the inner ether')
+    meta = prepare_data.prepare([tmp_path / 'x.txt'], tmp_path / 'out', path)
+    assert meta == json.loads((tmp_path / 'out' / 'meta.json').read_text()) and meta['source'] == [str(tmp_path / 'x.txt')]
+    assert meta['tokenizer_sha256'] == hashlib.sha256(path.read_bytes()).hexdigest() and (meta['vocab_size'], meta['eot'], meta['dtype']) == (273, 272, 'uint16')
+    path.unlink()
+    assert prepare_data.load_tokenizer(meta, tmp_path / 'out').encode_ordinary(' the') == [258]
+    prepare_data.prepare([tmp_path / 'x.txt'], tmp_path / 'out', tmp_path / 'out' / 'tokenizer.json')  # its own copy
+    write_tokenizer_json(tmp_path / 'out' / 'tokenizer.json', {t: i for t, i in small_ranks().items() if i < 260})
+    refuses(capsys, lambda: prepare_data.load_tokenizer(meta, tmp_path / 'out'), 'is not the one that this data was made with')
+    (tmp_path / 'out' / 'tokenizer.json').unlink()
+    refuses(capsys, lambda: prepare_data.load_tokenizer(meta, tmp_path / 'out'), 'no tokenizer file')
+    meta = prepare_data.prepare([tmp_path / 'x.txt'], tmp_path / 'bytes')
+    refuses(capsys, lambda: prepare_data.load_tokenizer({**meta, 'tokenizer_sha256': '0'}), 'is not the one that this data was made with')
+
+
+def test_prepare_command_line(tmp_path, monkeypatch, capsys):
+    called = []
+    monkeypatch.setattr(prepare_data, 'prepare', lambda *a: called.append(a))
+    monkeypatch.setattr(signal, 'signal', lambda *a: None)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args):
+        monkeypatch.setattr(sys, 'argv', ['prepare_data.py', *args])
+        prepare_data.main()
+    for args, out in (((), 'stdlib'), (('shakespeare',), 'shakespeare'), (('a/my.corpus.jsonl.gz', 'b'), 'my'), (('corpus/*.txt',), 'corpus'), (('.',), tmp_path.name.split('.')[0]),
+                      (('hf:org/set:en',), 'set'), (('~/.notes/',), 'notes')):
+        run(*args)
+        assert called[-1] == (list(args) or ['stdlib'], f'data/{out}', 'bytes', 0.02, 0, None, None), args
+    run('x', '--out', 'o', '--tokenizer', 't.json', '--val_fraction', '0.1', '--shard_tokens', '1e9', '--shard', '1/2', '--workers', '3')
+    assert called[-1] == (['x'], 'o', 't.json', 0.1, 1e9, '1/2', 3)
+
+    def interrupted(*a):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(prepare_data, 'prepare', interrupted)
+    refuses(capsys, run, 'interrupted: the same command continues', code=130)
+
+
+def test_standard_library_is_the_default(tmp_path):
+    meta = prepare_data.prepare(out=tmp_path / 'out')
+    assert meta['source'] == ['stdlib'] and meta['train']['documents'] > 300 and meta['train']['bytes'] > 5e6 and meta['val']['documents'] > 3
+    assert any('import ' in t for t in split_texts(tmp_path / 'out', 'val'))
 
 
 # nonsense is refused with a sentence

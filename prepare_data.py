@@ -40,7 +40,7 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 SHAKESPEARE = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 PIECE = 2**20   # characters of text that travel to a worker together; a longer document goes in pieces
 HASHED = 2**18  # characters of a document that decide its split
-SAVE_EVERY = 10  # seconds
+SAVE_EVERY = 10  # seconds of work that an interruption may cost
 
 
 class UsageError(SystemExit):
@@ -136,17 +136,12 @@ class HuggingFaceEncoding(tiktoken.Encoding):
 
     def __init__(self, name, ranks, added, normalize):
         super().__init__(name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={t['content']: t['id'] for t in added})
-        self.state = name, ranks, added, normalize
-        self.normalize = nfc if normalize else str
+        self.state, self.normalize, self.special = (name, ranks, added, normalize), nfc if normalize else str, {t['content'] for t in added if t['special']}
         self.finders = [re.compile('|'.join(map(re.escape, sorted((t['content'] for t in added if t['normalized'] == n), key=len, reverse=True))) or '(?!)')
                         for n in (False, True)]
 
     def __reduce__(self):
         return HuggingFaceEncoding, self.state
-
-    @property
-    def special_tokens_set(self):
-        return {t['content'] for t in self.state[2] if t['special']}
 
     def encode_ordinary(self, text):
         return self.encode(text, disallowed_special=())
@@ -155,8 +150,7 @@ class HuggingFaceEncoding(tiktoken.Encoding):
         return np.array(self.encode(text, **kw), np.uint32)
 
     def encode(self, text, *, allowed_special=frozenset(), disallowed_special='all'):
-        special = self.special_tokens_set
-        passed = frozenset() if allowed_special == 'all' else special - set(allowed_special)
+        passed = frozenset() if allowed_special == 'all' else self.special - set(allowed_special)
         for token in passed if disallowed_special == 'all' else disallowed_special:
             if token in text:
                 raise ValueError(f'the text contains the special token {token!r}: allow it, or pass disallowed_special=()')
@@ -259,7 +253,9 @@ def find_inputs(sources, out):
             root = sysconfig.get_paths()['stdlib']
             files, none = [p for p in walk(root) if p.suffix == '.py'], f'this Python keeps no source of its standard library in {root}'
         elif source == 'shakespeare':
-            files = [download_shakespeare(out / 'input.txt')]
+            files = [out / 'input.txt']
+            if not files[0].is_file():
+                download_shakespeare(files[0])
         elif source.startswith('hf:'):
             files = [source]
         elif os.path.isdir(source):
@@ -274,29 +270,25 @@ def find_inputs(sources, out):
 
 
 def download_shakespeare(path):
-    if not path.is_file():
-        try:
-            with urllib.request.urlopen(SHAKESPEARE, timeout=30) as response:
-                text = response.read()
-        except Exception as e:  # urllib lets through those of http and ssl too
-            raise UsageError(f"shakespeare could not be downloaded ({e}): offline, 'stdlib' works, and so does any text file or folder of yours")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_beside(path, text)
-    return path
+    try:
+        with urllib.request.urlopen(SHAKESPEARE, timeout=30) as response:
+            text = response.read()
+    except Exception as e:  # urllib lets through those of http and ssl too
+        raise UsageError(f"shakespeare could not be downloaded ({e}): offline, 'stdlib' works, and so does any text file or folder of yours")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_beside(path, text)
 
 
 def need(module, why):
     try:
         return __import__(module, fromlist=['_'])
     except ImportError:
-        name = module.split('.')[0]
-        raise UsageError(f'{why} needs {name}: pip install {name}')
+        raise UsageError('{0} needs {1}: pip install {1}'.format(why, module.split('.')[0]))
 
 
 def kind(path):
     """'x.jsonl.gz' -> ('.jsonl', '.gz'); a document a file: ('', ...)."""
-    rows, packing = re.search(r'(\.jsonl|\.ndjson|\.parquet)?(\.gz|\.zst)?$', str(path).lower()).groups('')
-    return ('hf' if str(path).startswith('hf:') else rows), packing
+    return re.search(r'(^hf:.*|\.jsonl|\.ndjson|\.parquet|)(\.gz|\.zst|)$', str(path).lower()).groups()
 
 
 # Where a text may be cut without changing a token: behind a line break that stands alone and before a letter or digit, or before a single space
@@ -356,17 +348,16 @@ def documents(path, named, cut_at, skipped, bar):
                 raise ValueError(f'row {number} has no string in a column "text"')
             yield f'{path}, row {number}', row['text'], None, True
 
-    start, drawn, (form, packing) = bar.n, None, kind(path)
+    (form, packing), start, drawn = kind(path), bar.n, None
     try:
-        if form == 'hf':
+        if form.startswith('hf:'):
             name, _, config = path[3:].partition(':')
             yield from rows(need('datasets', path).load_dataset(name, config or None, split='train', streaming=True))
             return
         with open(path, 'rb') as raw:
             stream = gzip.GzipFile(fileobj=raw) if packing == '.gz' else raw
             if packing == '.zst':
-                unpack = need('zstandard', path).ZstdDecompressor(max_window_size=2**31)
-                stream = io.BufferedReader(unpack.stream_reader(raw, read_across_frames=True), 2**20)
+                stream = io.BufferedReader(need('zstandard', path).ZstdDecompressor(max_window_size=2**31).stream_reader(raw, read_across_frames=True), 2**20)
             if form == '.parquet':
                 yield from rows(row for table in need('pyarrow.parquet', path).ParquetFile(raw).iter_batches(256, columns=['text']) for row in table.to_pylist())
             elif form:
@@ -493,7 +484,7 @@ def remove(out, pattern, keep=()):
             path.unlink()
 
 
-UNFINISHED = r'(train|val)(_\d{5,})?\.bin\.tmp|progress\.json'
+UNFINISHED = r'(train|val)(_\d{5,})?\.bin\.tmp|progress\.json|(progress|meta|tokenizer)\.\w+\.\d+\.tmp'
 
 
 def prepare(sources=('stdlib',), out='data/stdlib', tokenizer='bytes', val_fraction=0.02, shard_tokens=0, shard=None, workers=None):
@@ -515,28 +506,51 @@ def prepare(sources=('stdlib',), out='data/stdlib', tokenizer='bytes', val_fract
             raise UsageError(f'--shard must be i/n with i from 0 to n - 1 and n at most the number of input files, {len(inputs)}, not {shard}')
         inputs, out = inputs[len(inputs) * i // n:len(inputs) * (i + 1) // n], out / f'shard_{i:05d}_of_{n:05d}'
     enc = load_tokenizer(tokenizer)
-    suffix = Path(tokenizer).suffix if Path(tokenizer).suffix in ('.tiktoken', '.json') else ''
-    meta = {'adaponder_data': 1, 'tokenizer': 'tokenizer' + suffix if suffix else str(tokenizer),
-            'tokenizer_sha256': enc.sha256, 'vocab_size': enc.n_vocab, 'eot': enc._special_tokens[EOT],
-            'dtype': 'uint16' if enc.n_vocab <= 2**16 else 'uint32', 'source': [str(s) for s in sources], 'val_fraction': val_fraction}
-    out.mkdir(parents=True, exist_ok=True)
+    file = Path(tokenizer) if Path(tokenizer).suffix in ('.tiktoken', '.json') else None
+    meta = {'adaponder_data': 1, 'tokenizer': 'tokenizer' + file.suffix if file else str(tokenizer), 'tokenizer_sha256': enc.sha256,
+            'vocab_size': enc.n_vocab, 'eot': enc._special_tokens[EOT], 'dtype': 'uint16' if enc.n_vocab <= 2**16 else 'uint32',
+            'source': [str(s) for s in sources], 'val_fraction': val_fraction}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_tokens(inputs, lone, out, enc, meta, int(shard_tokens), workers)
+        if not shard:
+            check_split(meta)
+        (out / 'meta.json').unlink(missing_ok=True)  # not true while the files change
+        (out / 'progress.json').unlink(missing_ok=True)
+        names = [f['name'] for split in ('train', 'val') for f in meta[split]['files']]
+        for name in names:
+            os.replace(out / f'{name}.tmp', out / name)
+        remove(out, UNFINISHED + r'|(train|val)(_\d{5,})?\.bin', keep=names)  # those of an earlier preparation
+        if file and file.resolve() != (out / meta['tokenizer']).resolve():
+            write_beside(out / meta['tokenizer'], file.read_bytes())
+        write_beside(out / 'meta.json', json.dumps(meta, indent=1).encode())
+    except OSError as e:
+        raise UsageError(f'{e}: once that is mended, the same command continues')
+    except BrokenExecutor:
+        raise UsageError('a worker process died, perhaps for lack of memory: try fewer --workers; the same command continues')
+    except (ValueError, UsageError) as e:
+        remove(out, UNFINISHED)
+        raise e if isinstance(e, UsageError) else UsageError(str(e))
+    print(f'{out}: ' + ', '.join(f'{s} {meta[s]["tokens"]:,} tokens in {meta[s]["documents"]:,} documents' for s in ('train', 'val')))
+    return join_shards(whole, n, meta) if shard else meta
 
+
+def write_tokens(inputs, lone, out, enc, meta, shard_tokens, workers):
+    """The token files of both splits, still under .tmp names; adds 'train' and 'val' to meta. Continues where an interruption of the same job left off."""
     stats = [os.stat(path) if isinstance(path, Path) else None for path, _ in inputs]
     sizes = [s.st_size if s else 0 for s in stats]
-    job = [meta, shard, shard_tokens, [[str(path), s and s.st_size, s and s.st_mtime] for (path, _), s in zip(inputs, stats)]]
-    state = {'job': hashlib.sha256(json.dumps(job).encode()).hexdigest(), 'place': [0, 0], 'tokens': [0, 0], 'documents': [0, 0], 'bytes': [0, 0]}
+    job = json.dumps([meta, shard_tokens, lone, [[str(path), s and s.st_size, s and s.st_mtime] for (path, _), s in zip(inputs, stats)]])
+    state = {'job': hashlib.sha256(job.encode()).hexdigest(), 'place': [0, 0], 'tokens': [0, 0], 'documents': [0, 0], 'bytes': [0, 0]}
     progress = out / 'progress.json'
     if progress.is_file() and (old := json.loads(progress.read_text()))['job'] == state['job']:
         state = old
     else:
         remove(out, UNFINISHED)
-    sides = [Shards(out, split, meta['dtype'], int(shard_tokens), n) for split, n in zip(('train', 'val'), state['tokens'])]
-
+    sides = [Shards(out, split, meta['dtype'], shard_tokens, n) for split, n in zip(('train', 'val'), state['tokens'])]
     skipped, saved = [], time.monotonic()
-    bar = tqdm(total=sum(sizes), unit='B', unit_scale=True, desc=str(out), mininterval=0.5)
 
     def items():
-        """Pairs (place, item) from where an interruption left off; place: number of an input file, and of an item within."""
+        """Pairs (place, item), from the place in state on; place: number of an input file, and of an item within."""
         first, done = state['place']
         cut_at = re.compile('') if enc.name == 'bytes' else SAFE_CUT
         bar.update(sum(sizes[:first]))
@@ -544,15 +558,16 @@ def prepare(sources=('stdlib',), out='data/stdlib', tokenizer='bytes', val_fract
             end, found = bar.n + sizes[n], documents(path, named, cut_at, skipped, bar)
             if lone:
                 size = sum(len(text.encode()) for _, text, *_ in documents(path, named, cut_at, [], tqdm(disable=True)))
-                found = train_then_val(found, size - max(1, int(size * val_fraction)))
+                found = train_then_val(found, size - max(1, int(size * meta['val_fraction'])))
             for k, item in enumerate(found, 1):
                 if n > first or k > done:
                     yield (n, k), item
             bar.update(end - bar.n)
 
-    small = tokenizer == 'bytes' or all(stats) and sum(sizes) < 8 * PIECE  # starting processes would take longer
-    try:
-        for place, (tokens, ended, size) in encode_all(batches(items()), (enc, val_fraction, meta['dtype']), 1 if small else workers or os.cpu_count()):
+    if enc.name == 'bytes' or all(stats) and sum(sizes) < 8 * PIECE:
+        workers = 1  # starting processes would take longer
+    with tqdm(total=sum(sizes), unit='B', unit_scale=True, desc=str(out), mininterval=0.5) as bar:
+        for place, (tokens, ended, size) in encode_all(batches(items()), (enc, meta['val_fraction'], meta['dtype']), workers or os.cpu_count()):
             for i in (0, 1):
                 sides[i].write(tokens[i])
                 state['tokens'][i] += len(tokens[i])
@@ -564,36 +579,13 @@ def prepare(sources=('stdlib',), out='data/stdlib', tokenizer='bytes', val_fract
                     side.sync()
                 write_beside(progress, json.dumps(state).encode())
                 saved = time.monotonic()
-        if not sum(state['tokens']):
-            raise ValueError(f'no text in {", ".join(meta["source"])}')
-        for i, side in enumerate(sides):
-            side.sync(close=True)
-            meta[side.split] = {k: state[k][i] for k in ('tokens', 'documents', 'bytes')} | {'files': side.files()}
-        if not shard:
-            check_split(meta)
-    except OSError as e:
-        raise UsageError(f'{e}: once that is mended, the same command continues')
-    except BrokenExecutor:
-        raise UsageError('a worker process died, perhaps for lack of memory: try fewer --workers; the same command continues')
-    except (ValueError, UsageError) as e:
-        remove(out, UNFINISHED)
-        raise e if isinstance(e, UsageError) else UsageError(str(e))
-    finally:
-        bar.close()
-
-    (out / 'meta.json').unlink(missing_ok=True)  # not true while the files change
-    progress.unlink(missing_ok=True)
-    names = [file['name'] for side in sides for file in meta[side.split]['files']]
-    for name in names:
-        os.replace(out / f'{name}.tmp', out / name)
-    remove(out, r'(train|val)(_\d{5,})?\.bin', keep=names)  # of an earlier preparation
-    if suffix and Path(tokenizer).resolve() != (out / meta['tokenizer']).resolve():
-        write_beside(out / meta['tokenizer'], Path(tokenizer).read_bytes())
-    write_beside(out / 'meta.json', json.dumps(meta, indent=1).encode())
+    if not sum(state['tokens']):
+        raise ValueError(f'no text in {", ".join(meta["source"])}')
     if skipped:
         print(f'skipped {len(skipped)} files that are not text in UTF-8, the first {skipped[0]}')
-    print(f'{out}: ' + ', '.join(f'{s} {meta[s]["tokens"]:,} tokens in {meta[s]["documents"]:,} documents' for s in ('train', 'val')))
-    return join_shards(whole, n, meta) if shard else meta
+    for i, side in enumerate(sides):
+        side.sync(close=True)
+        meta[side.split] = {k: state[k][i] for k in ('tokens', 'documents', 'bytes')} | {'files': side.files()}
 
 
 def check_split(meta):

@@ -7,7 +7,8 @@ Text in, token shards out.
 
 A text or source file is one document; .jsonl and .parquet hold one a line or row, in the field "text"; all but Parquet also as .gz
 or .zst. Every document ends with <|endoftext|>. The same command again continues an interrupted preparation.
-Whether a document is for training or validation depends on its own text alone, so adding files moves no other document.
+Whether a document is for training or validation depends on its own text alone, so adding files moves no other document; of a lone text the end is
+for validation. Of a folder, hidden files, caches and installed packages are left out, and what is not text in UTF-8 is skipped and counted.
 """
 import argparse
 import base64
@@ -20,6 +21,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
 import sysconfig
@@ -40,6 +42,7 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 SHAKESPEARE = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 PIECE = 2**20   # characters of text that travel to a worker together; a longer document goes in pieces
 HASHED = 2**18  # characters of a document that decide its split
+LEFT_OUT = ('__pycache__', 'site-packages', 'dist-packages')
 SAVE_EVERY = 10  # seconds of work that an interruption may cost
 
 
@@ -117,9 +120,10 @@ def load_tiktoken_file(path):
 
 
 # Characters that Unicode gained after `tokenizers` froze its tables and that later normalise with their neighbours: there they stand alone.
-NEWER = re.compile('([\u05c8\u05c9\u07fd\u0897-\u08d3\u09fe\u0c3c\u0d3b\u0d3c\u0eba\u1715\u1abf-\u1af0\u1df6-\u1dfa\ua82c\U000105d2-\U000105da\U00010d24-\U00010f85\U00011070'
-                   '\U0001133b\U000113b8-\U000113c2\U000113c9-\U000113d0\U0001145e\U00011839-\U00011930\U0001193d-\U00011a99\U00011d42-\U00011f42\U0001611e-\U00016120'
-                   '\U00016129-\U0001612f\U00016d67\U00016ff0\U00016ff1\U0001d127\U0001d128\U0001d250-\U0001d281\U0001e08f-\U0001e6f5])')
+NEWER = re.compile('([\u05c8\u05c9\u07fd\u0897-\u08d3\u09fe\u0c3c\u0d3b\u0d3c\u0eba\u1715\u1abf-\u1af0\u1df6-\u1dfa\ua82c\U000105d2-\U000105da'
+                   '\U00010d24-\U00010f85\U00011070\U0001133b\U000113b8-\U000113c2\U000113c9-\U000113d0\U0001145e\U00011839-\U00011930'
+                   '\U0001193d-\U00011a99\U00011d42-\U00011f42\U0001611e-\U00016120\U00016129-\U0001612f\U00016d67\U00016ff0\U00016ff1\U0001d127'
+                   '\U0001d128\U0001d250-\U0001d281\U0001e08f-\U0001e6f5])')
 
 
 def nfc(text):
@@ -137,8 +141,8 @@ class HuggingFaceEncoding(tiktoken.Encoding):
     def __init__(self, name, ranks, added, normalize):
         super().__init__(name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={t['content']: t['id'] for t in added})
         self.state, self.normalize, self.special = (name, ranks, added, normalize), nfc if normalize else str, {t['content'] for t in added if t['special']}
-        self.finders = [re.compile('|'.join(map(re.escape, sorted((t['content'] for t in added if t['normalized'] == n), key=len, reverse=True))) or '(?!)')
-                        for n in (False, True)]
+        longest_first = sorted(added, key=lambda t: -len(t['content']))
+        self.finders = [re.compile('|'.join(re.escape(t['content']) for t in longest_first if t['normalized'] == n) or '(?!)') for n in (False, True)]
 
     def __reduce__(self):
         return HuggingFaceEncoding, self.state
@@ -184,7 +188,8 @@ def load_tokenizer_json(path, check=True):
 
     try:
         spec = json.loads(path.read_text(encoding='utf-8'))
-        model, added = spec['model'], [{k: t[k] for k in ('id', 'content', 'single_word', 'lstrip', 'rstrip', 'normalized', 'special')} for t in spec['added_tokens']]
+        model, fields = spec['model'], ('id', 'content', 'single_word', 'lstrip', 'rstrip', 'normalized', 'special')
+        added = [{k: t[k] for k in fields} for t in spec['added_tokens']]
         vocab, merges = model['vocab'], [m.split(' ') if isinstance(m, str) else m for m in model['merges']]
         kind = model.get('type', 'BPE')
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -208,7 +213,8 @@ def load_tokenizer_json(path, check=True):
     numbers = dict(vocab)
     for t in added:
         numbers.setdefault(t['content'], len(numbers))
-    require(sorted(numbers.values()) == list(range(len(numbers))) and all(numbers[t['content']] == t['id'] for t in added), 'its token numbers have gaps or clash')
+    right = sorted(numbers.values()) == list(range(len(numbers))) and all(numbers[t['content']] == t['id'] for t in added)
+    require(right, 'its token numbers have gaps or clash')
     try:
         raw = {token: bytes(byte_of[c] for c in token) for token in vocab.keys() - {t['content'] for t in added}}
         made = [(raw[a], raw[b], vocab[a + b]) for a, b in merges]
@@ -244,8 +250,8 @@ def find_inputs(sources, out):
     """{path or hf:NAME: named} in a fixed order; named: the user gave this very file, so that its not being text is an error."""
     def walk(folder):
         for at, folders, names in os.walk(folder):
-            folders[:] = [d for d in folders if not (d.startswith('.') or d in ('__pycache__', 'site-packages', 'dist-packages') or Path(at, d).resolve() == out.resolve())]
-            yield from (p for p in (Path(at, n) for n in names if not n.startswith('.')) if p.is_file())
+            folders[:] = [d for d in folders if d[0] != '.' and d not in LEFT_OUT and Path(at, d).resolve() != out.resolve()]
+            yield from (p for p in (Path(at, n) for n in names if n[0] != '.') if p.is_file())
 
     found = {}
     for source in map(str, sources):
@@ -261,7 +267,8 @@ def find_inputs(sources, out):
         elif os.path.isdir(source):
             files, none = list(walk(source)), f'folder {source} holds no files'
         else:
-            files, none = [Path(p) for p in ([source] if os.path.isfile(source) else glob.glob(source, recursive=True)) if os.path.isfile(p)], f'no input {source}'
+            paths = [source] if os.path.isfile(source) else glob.glob(source, recursive=True)
+            files, none = [Path(p) for p in paths if os.path.isfile(p)], f'no input {source}'
         if not files:
             raise UsageError(f"{none}: give files, folders, globs, 'stdlib', 'shakespeare' or hf:NAME of a dataset")
         for path in sorted(files):
@@ -359,7 +366,8 @@ def documents(path, named, cut_at, skipped, bar):
             if packing == '.zst':
                 stream = io.BufferedReader(need('zstandard', path).ZstdDecompressor(max_window_size=2**31).stream_reader(raw, read_across_frames=True), 2**20)
             if form == '.parquet':
-                yield from rows(row for table in need('pyarrow.parquet', path).ParquetFile(raw).iter_batches(256, columns=['text']) for row in table.to_pylist())
+                tables = need('pyarrow.parquet', path).ParquetFile(raw).iter_batches(256, columns=['text'])
+                yield from rows(row for table in tables for row in table.to_pylist())
             elif form:
                 for number, line in enumerate(stream, 1):
                     bar.update(start + raw.tell() - bar.n)
@@ -378,24 +386,11 @@ def documents(path, named, cut_at, skipped, bar):
         raise ValueError(f'{path} cannot be read: {e}')
 
 
-def batches(items):
-    """Pairs (place of the last item, items) with about PIECE characters together, so that a worker gets neither crumbs nor everything."""
-    batch, size = [], 0
-    for place, item in items:
-        batch.append(item)
-        size += len(item[1])
-        if size >= PIECE:
-            yield place, batch
-            batch, size = [], 0
-    if batch:
-        yield place, batch
-
-
 # encoding
 
 def encode_batch(enc, val_fraction, dtype, batch):
-    """Items -> ((train, val) tokens, documents ended [2], bytes [2])."""
-    tokens, ended, size = ([np.zeros(0, dtype)], [np.zeros(0, dtype)]), [0, 0], [0, 0]
+    """Items -> ((train, val) tokens, documents ended [2], bytes [2], lowest number drawn)."""
+    tokens, ended, size, lowest = ([np.zeros(0, dtype)], [np.zeros(0, dtype)]), [0, 0], [0, 0], 1.0
     for where, text, drawn, last in batch:
         if drawn is None:  # a row: a document of its own
             try:
@@ -406,13 +401,13 @@ def encode_batch(enc, val_fraction, dtype, batch):
             if not text:
                 continue
             drawn = draw(text)
-        side, data = int(drawn < val_fraction), text.encode()
+        side, data, lowest = int(drawn < val_fraction), text.encode(), min(lowest, drawn)
         tokens[side].append(np.frombuffer(data, np.uint8).astype(dtype) if enc.name == 'bytes' else np.array(enc.encode_ordinary(text), dtype))
         size[side] += len(data)
         if last:
             tokens[side].append(np.array([enc._special_tokens[EOT]], dtype))
             ended[side] += 1
-    return [np.concatenate(t) for t in tokens], ended, size
+    return [np.concatenate(t) for t in tokens], ended, size, lowest
 
 
 def start_worker(*settings):
@@ -442,24 +437,24 @@ def encode_all(todo, settings, workers):
 
 
 class Shards:
-    """The token files of one split, written beside their names. `tokens` counts all; file i holds those from i * limit on."""
+    """The token files of one split. `tokens` counts all; file i holds those from i * limit on."""
 
-    def __init__(self, out, split, dtype, limit, tokens):
-        self.out, self.split, self.dtype, self.limit, self.tokens, self.file = out, split, np.dtype(dtype), limit or sys.maxsize, tokens, None
+    def __init__(self, folder, split, dtype, limit, tokens):
+        self.folder, self.split, self.dtype, self.limit, self.tokens, self.file = folder, split, np.dtype(dtype), limit or sys.maxsize, tokens, None
         if tokens % self.limit:  # continues
-            self.file = open(self.path(tokens // self.limit, '.tmp'), 'r+b')
+            self.file = open(self.path(tokens // self.limit), 'r+b')
             self.file.truncate(tokens % self.limit * self.dtype.itemsize)
             self.file.seek(0, os.SEEK_END)
 
-    def path(self, i, suffix=''):
-        return self.out / ((f'{self.split}.bin' if self.limit == sys.maxsize else f'{self.split}_{i:05d}.bin') + suffix)
+    def path(self, i):
+        return self.folder / (f'{self.split}.bin' if self.limit == sys.maxsize else f'{self.split}_{i:05d}.bin')
 
     def write(self, tokens):
         while len(tokens):
             i, at = divmod(self.tokens, self.limit)
             if at == 0:
                 self.sync(close=True)
-                self.file = open(self.path(i, '.tmp'), 'wb')
+                self.file = open(self.path(i), 'wb')
             part = tokens[:self.limit - at]
             self.file.write(part.tobytes())
             self.tokens += len(part)
@@ -474,17 +469,8 @@ class Shards:
 
     def files(self):
         """The list for meta.json."""
-        return [{'name': self.path(i).name, 'tokens': min(self.limit, self.tokens - i * self.limit), 'sha256': file_sha256(self.path(i, '.tmp'))}
+        return [{'name': self.path(i).name, 'tokens': min(self.limit, self.tokens - i * self.limit), 'sha256': file_sha256(self.path(i))}
                 for i in range(-(-self.tokens // self.limit))]
-
-
-def remove(out, pattern, keep=()):
-    for path in out.iterdir():
-        if re.fullmatch(pattern, path.name) and path.name not in keep:
-            path.unlink()
-
-
-UNFINISHED = r'(train|val)(_\d{5,})?\.bin\.tmp|progress\.json|(progress|meta|tokenizer)\.\w+\.\d+\.tmp'
 
 
 def prepare(sources=('stdlib',), out='data/stdlib', tokenizer='bytes', val_fraction=0.02, shard_tokens=0, shard=None, workers=None):
@@ -510,70 +496,89 @@ def prepare(sources=('stdlib',), out='data/stdlib', tokenizer='bytes', val_fract
     meta = {'adaponder_data': 1, 'tokenizer': 'tokenizer' + file.suffix if file else str(tokenizer), 'tokenizer_sha256': enc.sha256,
             'vocab_size': enc.n_vocab, 'eot': enc._special_tokens[EOT], 'dtype': 'uint16' if enc.n_vocab <= 2**16 else 'uint32',
             'source': [str(s) for s in sources], 'val_fraction': val_fraction}
+    work = out / 'unfinished'
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_tokens(inputs, lone, out, enc, meta, int(shard_tokens), workers)
+        work.mkdir(parents=True, exist_ok=True)
+        lowest = write_tokens(inputs, lone, work, enc, meta, int(shard_tokens), workers)
         if not shard:
-            check_split(meta)
-        (out / 'meta.json').unlink(missing_ok=True)  # not true while the files change
-        (out / 'progress.json').unlink(missing_ok=True)
+            check_split(meta, f'a --val_fraction of {lowest + 0.001:.3f}')
         names = [f['name'] for split in ('train', 'val') for f in meta[split]['files']]
-        for name in names:
-            os.replace(out / f'{name}.tmp', out / name)
-        remove(out, UNFINISHED + r'|(train|val)(_\d{5,})?\.bin', keep=names)  # those of an earlier preparation
-        if file and file.resolve() != (out / meta['tokenizer']).resolve():
-            write_beside(out / meta['tokenizer'], file.read_bytes())
-        write_beside(out / 'meta.json', json.dumps(meta, indent=1).encode())
+        if file:
+            names.append(meta['tokenizer'])
+            (work / names[-1]).write_bytes(file.read_bytes())
+        (work / 'meta.json').write_text(json.dumps(meta, indent=1))
+        (work / 'progress.json').unlink(missing_ok=True)
+        (out / 'meta.json').unlink(missing_ok=True)  # not true while the files change
+        for old in [*out.glob('train*.bin'), *out.glob('val*.bin')]:
+            old.unlink()
+        for name in [*names, 'meta.json']:
+            os.replace(work / name, out / name)
+        shutil.rmtree(work)
     except OSError as e:
         raise UsageError(f'{e}: once that is mended, the same command continues')
     except BrokenExecutor:
         raise UsageError('a worker process died, perhaps for lack of memory: try fewer --workers; the same command continues')
     except (ValueError, UsageError) as e:
-        remove(out, UNFINISHED)
+        shutil.rmtree(work)
+        if not any(out.iterdir()):
+            out.rmdir()
         raise e if isinstance(e, UsageError) else UsageError(str(e))
     print(f'{out}: ' + ', '.join(f'{s} {meta[s]["tokens"]:,} tokens in {meta[s]["documents"]:,} documents' for s in ('train', 'val')))
     return join_shards(whole, n, meta) if shard else meta
 
 
-def write_tokens(inputs, lone, out, enc, meta, shard_tokens, workers):
-    """The token files of both splits, still under .tmp names; adds 'train' and 'val' to meta. Continues where an interruption of the same job left off."""
+def write_tokens(inputs, lone, work, enc, meta, shard_tokens, workers):
+    """The token files of both splits in the folder `work`; adds 'train' and 'val' to meta. Continues where an interruption of the same job left off.
+
+    Returns the lowest number that a document drew.
+    """
     stats = [os.stat(path) if isinstance(path, Path) else None for path, _ in inputs]
     sizes = [s.st_size if s else 0 for s in stats]
     job = json.dumps([meta, shard_tokens, lone, [[str(path), s and s.st_size, s and s.st_mtime] for (path, _), s in zip(inputs, stats)]])
-    state = {'job': hashlib.sha256(job.encode()).hexdigest(), 'place': [0, 0], 'tokens': [0, 0], 'documents': [0, 0], 'bytes': [0, 0]}
-    progress = out / 'progress.json'
+    state = {'job': hashlib.sha256(job.encode()).hexdigest(), 'place': [0, 0], 'tokens': [0, 0], 'documents': [0, 0], 'bytes': [0, 0], 'lowest': 1.0}
+    progress = work / 'progress.json'
     if progress.is_file() and (old := json.loads(progress.read_text()))['job'] == state['job']:
         state = old
     else:
-        remove(out, UNFINISHED)
-    sides = [Shards(out, split, meta['dtype'], shard_tokens, n) for split, n in zip(('train', 'val'), state['tokens'])]
+        shutil.rmtree(work)
+        work.mkdir()
+    sides = [Shards(work, split, meta['dtype'], shard_tokens, n) for split, n in zip(('train', 'val'), state['tokens'])]
     skipped, saved = [], time.monotonic()
 
-    def items():
-        """Pairs (place, item), from the place in state on; place: number of an input file, and of an item within."""
-        first, done = state['place']
+    def batches():
+        """Pairs (place of the last item, items), from the place in state on. A place: the number of an input file, and of an item within.
+
+        About PIECE characters each, so that a worker gets neither crumbs nor everything.
+        """
+        (first, done), batch, size = state['place'], [], 0
         cut_at = re.compile('') if enc.name == 'bytes' else SAFE_CUT
         bar.update(sum(sizes[:first]))
         for n, (path, named) in enumerate(inputs[first:], first):
             end, found = bar.n + sizes[n], documents(path, named, cut_at, skipped, bar)
             if lone:
-                size = sum(len(text.encode()) for _, text, *_ in documents(path, named, cut_at, [], tqdm(disable=True)))
-                found = train_then_val(found, size - max(1, int(size * meta['val_fraction'])))
+                length = sum(len(text.encode()) for _, text, *_ in documents(path, named, cut_at, [], tqdm(disable=True)))
+                found = train_then_val(found, length - max(1, int(length * meta['val_fraction'])))
             for k, item in enumerate(found, 1):
                 if n > first or k > done:
-                    yield (n, k), item
+                    place, size = (n, k), size + len(item[1])
+                    batch.append(item)
+                    if size >= PIECE:
+                        yield place, batch
+                        batch, size = [], 0
             bar.update(end - bar.n)
+        if batch:
+            yield place, batch
 
     if enc.name == 'bytes' or all(stats) and sum(sizes) < 8 * PIECE:
         workers = 1  # starting processes would take longer
-    with tqdm(total=sum(sizes), unit='B', unit_scale=True, desc=str(out), mininterval=0.5) as bar:
-        for place, (tokens, ended, size) in encode_all(batches(items()), (enc, meta['val_fraction'], meta['dtype']), workers or os.cpu_count()):
+    with tqdm(total=sum(sizes), unit='B', unit_scale=True, desc=str(work.parent), mininterval=0.5) as bar:
+        for place, (tokens, ended, size, lowest) in encode_all(batches(), (enc, meta['val_fraction'], meta['dtype']), workers or os.cpu_count()):
             for i in (0, 1):
                 sides[i].write(tokens[i])
                 state['tokens'][i] += len(tokens[i])
                 state['documents'][i] += ended[i]
                 state['bytes'][i] += size[i]
-            state['place'] = place
+            state['place'], state['lowest'] = place, min(state['lowest'], lowest)
             if time.monotonic() - saved > SAVE_EVERY:
                 for side in sides:
                     side.sync()
@@ -586,13 +591,13 @@ def write_tokens(inputs, lone, out, enc, meta, shard_tokens, workers):
     for i, side in enumerate(sides):
         side.sync(close=True)
         meta[side.split] = {k: state[k][i] for k in ('tokens', 'documents', 'bytes')} | {'files': side.files()}
+    return state['lowest']
 
 
-def check_split(meta):
-    for split in ('train', 'val'):
+def check_split(meta, remedy):
+    for split, remedy in (('train', 'a smaller --val_fraction'), ('val', remedy)):
         if not meta[split]['tokens']:
-            raise UsageError(f'the {split} split of {meta["train"]["documents"] + meta["val"]["documents"]} documents would be empty: '
-                             'give more documents, or another --val_fraction')
+            raise UsageError(f'none of {meta["train"]["documents"] + meta["val"]["documents"]} documents would be in the {split} split: give more, or {remedy}')
 
 
 def join_shards(whole, n, meta):
@@ -610,7 +615,7 @@ def join_shards(whole, n, meta):
     for split in ('train', 'val'):
         joined[split] = {k: sum(m[split][k] for m in metas) for k in ('tokens', 'documents', 'bytes')}
         joined[split]['files'] = [f | {'name': f'{d.name}/{f["name"]}'} for d, m in zip(folders, metas) for f in m[split]['files']]
-    check_split(joined)
+    check_split(joined, 'a larger --val_fraction')
     kept = folders[0] / joined['tokenizer']
     if kept.is_file():
         write_beside(whole / kept.name, kept.read_bytes())
@@ -632,7 +637,8 @@ def main():
     name = Path(re.split(r'[*?[]', args.sources[0].replace('hf:', ''))[0]).resolve().name.lstrip('.')
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        prepare(args.sources, args.out or f"data/{re.split('[.:]', name)[0] or 'text'}", args.tokenizer, args.val_fraction, args.shard_tokens, args.shard, args.workers)
+        out = args.out or 'data/' + (re.split('[.:]', name)[0] or 'text')
+        prepare(args.sources, out, args.tokenizer, args.val_fraction, args.shard_tokens, args.shard, args.workers)
     except KeyboardInterrupt:
         print('interrupted: the same command continues', file=sys.stderr)
         sys.exit(130)

@@ -6,25 +6,32 @@ Continues a text with a trained model, and shows how long it thought about each 
     echo 'import os' | python sample.py --ckpt out/tiny/ckpt.pt
     python sample.py --ckpt out/tiny/ckpt.pt --prompts in.jsonl --batch 16 --out out.jsonl
 
-The colour of a token is the number of iterations that were spent on predicting it.
+The colour of a token is its depth: the iterations that were spent on predicting it.
 """
 import argparse
 import codecs
 import html
 import json
+import math
 import os
+import re
+import signal
 import sys
 import time
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from model import AdaPonderLM, load_checkpoint
+from model import AdaPonderLM, Step, find_pretrained, load_checkpoint
 from prepare_data import load_tokenizer
 
-# depth 1 .. n_iter, pale to strong, as (r, g, b); black text on the pale half, white on the rest
-RAMP = [(222, 235, 247), (158, 202, 225), (253, 174, 97), (215, 48, 39)]
+# Backgrounds of depth 1 .. n_iter, (r, g, b): text on them is black, or white where the page is dark
+LIGHT = [(226, 240, 252), (255, 243, 196), (255, 203, 128), (244, 132, 110)]
+DARK = [(30, 44, 60), (66, 58, 26), (134, 78, 18), (178, 46, 48)]
+CONTROL = re.compile(r'[\x00-\x08\x0b-\x1f\x7f-\x9f]')  # all but tab and line feed: a terminal would obey them
 
 
 def fail(message):
@@ -33,167 +40,168 @@ def fail(message):
     raise SystemExit(2)
 
 
-def colour(depth, n_iter):
-    """Background and text colour of a depth, two (r, g, b)."""
-    x = (depth - 1) / max(1, n_iter - 1) * (len(RAMP) - 1)
-    i = min(int(x), len(RAMP) - 2)
-    back = tuple(round(a + (b - a) * (x - i)) for a, b in zip(RAMP[i], RAMP[i + 1]))
-    return back, (0, 0, 0) if sum(back) > 430 else (255, 255, 255)
+def colour(depth, n_iter, stops=LIGHT):
+    """(r, g, b) of a depth, between the stops where n_iter is not their number."""
+    x = (depth - 1) / max(1, n_iter - 1) * (len(stops) - 1)
+    i = min(int(x), len(stops) - 2)
+    return tuple(round(a + (b - a) * (x - i)) for a, b in zip(stops[i], stops[i + 1]))
 
 
-def paint(text, depth, n_iter):
-    """text on the background of its depth, in the terminal's 24-bit colours, or its 256 where it does not say that it has more."""
-    if depth is None:
-        return text
-    back, front = colour(depth, n_iter)
-    if os.environ.get('COLORTERM') in ('truecolor', '24bit'):
-        code = '48;2;{};{};{};38;2;{};{};{}'.format(*back, *front)
-    else:
-        cube = [16 + 36 * round(r / 51) + 6 * round(g / 51) + round(b / 51) for r, g, b in (back, front)]
-        code = '48;5;{};38;5;{}'.format(*cube)
-    shown = ''.join(c if c.isprintable() or c == '\n' else c.encode('unicode_escape').decode() for c in text.replace('\t', '    '))
-    return '\n'.join(f'\x1b[{code}m{line}\x1b[0m' if line else '' for line in shown.split('\n'))  # a coloured newline would paint the whole row
+def visible(text):
+    return CONTROL.sub(lambda c: f'\\x{ord(c[0]):02x}', text)
 
 
-class Pieces:
-    """Tokens to text: a token that ends in the middle of a character waits for the rest, and they are shown as one."""
-
-    def __init__(self, enc):
-        self.enc = enc
-        self.decoder = codecs.getincrementaldecoder('utf-8')('replace')
-        self.waiting = []
-
-    def add(self, record, final=False):
-        """record: dict with 'token', 'depth', 'gates', 'nll'. Returns (text, records that make it) when a text is complete, else None."""
-        self.waiting.append(record)
-        return self.flush(self.enc.decode_single_token_bytes(record['token']), final)
-
-    def flush(self, data=b'', final=True):
-        text = self.decoder.decode(data, final)
-        if not text or not self.waiting:
-            return None
-        done, self.waiting = self.waiting, []
-        return text, done
+def paint(text, depth, n_iter, bold=False):
+    """text on the colour of its depth: the terminal's 24-bit colours, or its 256 where it does not say that it has more."""
+    style = '1' if bold else '0'
+    if depth:
+        rgb = colour(depth, n_iter)
+        if os.environ.get('COLORTERM') in ('truecolor', '24bit'):
+            style += ';38;2;0;0;0;48;2;{};{};{}'.format(*rgb)
+        else:  # the colour cube's six levels are 0, 95, 135, 175, 215, 255
+            r, g, b = ((c > 47) + max(0, (c - 75) // 40) for c in rgb)
+            style += f';38;5;16;48;5;{16 + 36 * r + 6 * g + b}'
+    lines = visible(text).replace('\t', '    ').replace('\n', '↵\n' if depth else '\n').split('\n')  # a line break has a depth too
+    return '\n'.join(f'\x1b[{style}m{line}\x1b[0m' if line else line for line in lines)
 
 
-def group_depth(records):
-    """The depth to show for the tokens of one text: the largest."""
-    return max((r['depth'] for r in records if r['depth']), default=None)
+def token_bytes(enc, token):
+    """Nothing for the numbers that pad a vocabulary."""
+    try:
+        return enc.decode_single_token_bytes(token)
+    except KeyError:
+        return b''
+
+
+def pieces(enc, steps):
+    """(text, steps) pairs: tokens that end in the middle of a character wait for the rest, and are shown with it as one."""
+    decoder, text, group = codecs.getincrementaldecoder('utf-8')('replace'), '', []
+    for s in steps:
+        group.append(s)
+        text += decoder.decode(token_bytes(enc, s.token))
+        if not decoder.getstate()[0]:
+            yield text, group
+            text, group = '', []
+    if group:
+        yield text + decoder.decode(b'', True), group
+
+
+def depth_of(group):
+    """The depth to show for the tokens of one text: the largest; None for a text's first token, which nothing predicted."""
+    return max((s.depth for s in group if s.depth), default=None)
 
 
 @torch.inference_mode()
-def read_prompt(model, tokens, tau, max_iter):
-    """A record for each prompt token, as sample.py shows them: what was spent on predicting it, None for the first."""
-    start = model.window(len(tokens))
-    records = [dict(token=t, depth=None, gates=[], nll=None) for t in tokens]
-    if len(tokens) - start > 1:
-        x = torch.tensor([tokens[start:]], device=model.embed.weight.device)
-        out = model(x[:, :-1], x[:, 1:], execution='packed', tau=tau, max_iter=max_iter)
-        for r, d, g, n in zip(records[start + 1:], out.depth[0].tolist(), out.gates[0].tolist(), out.nll[0].tolist()):
-            r.update(depth=d, gates=g[:d], nll=n)
-    return records
+def read(model, tokens, tau, max_iter, execution='packed'):
+    """A Step for each token of a text that is already there, seq None: what was spent on predicting it, its gates and NLL."""
+    steps = [Step(None, tokens[0], None, [], None)]
+    if len(tokens) > 1:
+        x = torch.tensor([tokens], device=model.embed.weight.device)
+        out = model(x[:, :-1], x[:, 1:], execution=execution, tau=tau, max_iter=max_iter)
+        for t, d, g, nll in zip(tokens[1:], out.depth[0].tolist(), out.gates[0].tolist(), out.nll[0].tolist()):
+            steps.append(Step(None, t, d, g[:min(d, (max_iter or model.cfg.n_iter) - 1)], nll))
+    return steps
 
 
 def stream_without_cache(model, tokens, n, temperature, top_k, top_p, generator, tau, max_iter, execution, stop_token):
     """As model.stream() of one prompt, by running the whole text again for each token: slow, and the same text."""
     tokens = list(tokens)
-    rng = generator[0]
     for _ in range(n):
-        grown = torch.tensor([tokens], device=model.embed.weight.device)
-        tokens.append(int(model.generate(grown, 1, temperature, top_k, top_p, [rng], tau, max_iter, execution=execution)[0, -1]))
-        yield read_prompt(model, tokens, tau, max_iter)[-1]
+        window = model.window(len(tokens))
+        x = torch.tensor([tokens], device=model.embed.weight.device)
+        tokens.append(int(model.generate(x, 1, temperature, top_k, top_p, generator, tau, max_iter, execution=execution)[0, -1]))
+        yield read(model, tokens[window:], tau, max_iter, execution)[-1]._replace(seq=0)
         if tokens[-1] == stop_token:
             return
 
 
-def write_html(path, title, summary, samples, enc, n_iter):
-    """One self-contained page. samples: lists of records; 'new' marks the generated ones."""
-    colours = ''.join('.d{}{{background:rgb({},{},{});color:rgb({},{},{})}}'.format(d, *colour(d, n_iter)[0], *colour(d, n_iter)[1]) for d in range(1, n_iter + 1))
-    legend = ''.join(f'<span class="key d{d}">{d}</span>' for d in range(1, n_iter + 1))
-    body = []
-    for records in samples:
-        spans, pieces = [], Pieces(enc)
-        for n, r in enumerate(records):
-            done = pieces.add(r, n == len(records) - 1)
-            if done:
-                text, group = done
-                depth = group_depth(group)
-                lines = [f'{"generated" if group[-1].get("new") else "prompt"} · {text!r}']
-                for q in group:
-                    if q['depth']:
-                        gates = ' '.join(f'{g:.2g}' for g in q['gates']) or 'none'
-                        lines.append(f'token {q["token"]} · depth {q["depth"]} of {n_iter} · NLL {q["nll"]:.2f} · gates {gates}')
-                    else:
-                        lines.append(f'token {q["token"]} · the first, not predicted')
-                kind = ('t' + (f' d{depth}' if depth else '') + (' new' if group[-1].get('new') else ''))
-                spans.append(f'<span class="{kind}" tabindex="0" data-tip="{html.escape(chr(10).join(lines))}">{html.escape(text)}</span>')
-        counts = [sum(r['depth'] == d for r in records) for d in range(1, n_iter + 1)]
-        bars = ''.join(f'<div class="bar d{d}" style="width:{100 * c / max(1, sum(counts)):.1f}%" title="{c} tokens at depth {d}"></div>' for d, c in enumerate(counts, 1))
-        body.append(f'<div class="bars">{bars}</div><pre>{"".join(spans)}</pre>')
-    page = f'''<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>
-<style>:root{{color-scheme:light dark}}body{{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;background:#fff;color:#222}}
-pre{{font:14px/1.75 ui-monospace,monospace;white-space:pre-wrap;overflow-wrap:anywhere}}.t{{border-radius:2px;padding:.12em 0;cursor:default}}.new{{border-bottom:2px solid #888}}
-.t:hover,.t:focus{{outline:2px solid #555}}.key{{padding:0 .7em;border-radius:3px;margin-right:.3em}}.bars{{display:flex;height:.6rem;border-radius:4px;overflow:hidden;margin-top:1.5rem}}
-#tip{{position:fixed;left:0;right:0;bottom:0;padding:.5rem 1rem;min-height:3.2em;background:#eee;color:#222;font:13px/1.5 ui-monospace,monospace;white-space:pre-wrap;border-top:1px solid #ccc}}
-body{{padding-bottom:6rem}}{colours}@media(prefers-color-scheme:dark){{body{{background:#181818;color:#ddd}}#tip{{background:#262626;color:#ddd;border-color:#444}}}}</style>
-<h1>{html.escape(title)}</h1><p>Passes through the network spent on each token: {legend} &nbsp; generated text is underlined. Hover, or move with Tab.</p>
-<p>{html.escape(summary)}</p>{"".join(body)}<div id="tip" aria-live="polite"></div>
-<script>for(const e of document.querySelectorAll('.t'))for(const v of['mouseenter','focus'])e.addEventListener(v,()=>document.getElementById('tip').textContent=e.dataset.tip)</script></html>'''
-    Path(f'{path}.tmp').write_text(page, encoding='utf-8')
+def summary(model, runs, seconds, max_iter):
+    """One line of figures. runs: (tokens of the prompt, Steps made) of each text. FLOPs are compared with the same model at fixed depth n_iter."""
+    K, fixed = model.cfg.n_iter, replace(model.cfg, halting=False)
+    n, depth, spent, full = 0, 0, 0.0, 0.0
+    for length, steps in runs:
+        for at, s in enumerate(steps, length):
+            context = at - model.window(at)
+            n, depth = n + 1, depth + s.depth
+            spent += model.cfg.inference_flops(s.depth, context, max_iter)
+            full += fixed.inference_flops(K, context)
+    if not n:
+        return 'no tokens made'
+    return f'{n} tokens, {n / seconds:.0f} tokens/s, mean depth {depth / n:.2f} of {K}, {1 - spent / full:.1%} of the FLOPs of fixed depth {K} saved'
+
+
+STYLE = '''
+:root{color-scheme:light dark;--page:#fff;--text:#1c1c1e;--soft:#6b6b70;--line:#dcdce0;--bar:#f4f4f6}
+@media(prefers-color-scheme:dark){:root{--page:#161618;--text:#e4e4e8;--soft:#9a9aa2;--line:#3a3a40;--bar:#222226}}
+body{font:16px/1.5 system-ui,sans-serif;max-width:58rem;margin:0 auto;padding:1.5rem 1rem 11rem;background:var(--page);color:var(--text)}
+h1{font-size:1.15rem;margin:0}p{margin:.3rem 0;color:var(--soft);font-size:.9rem}ul{display:flex;padding:0;margin:1rem 0 0;list-style:none;font-size:.8rem}
+li{padding:.15rem .5rem;overflow:hidden;white-space:nowrap;flex:1 0 auto}li:first-child{border-radius:.3rem 0 0 .3rem}li:last-child{border-radius:0 .3rem .3rem 0}
+pre{font:14px/1.7 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;white-space:pre-wrap;overflow-wrap:anywhere;tab-size:4;margin:1rem 0;padding-top:1rem;border-top:1px solid var(--line)}
+.t{padding:.16em 0;cursor:default}.t:hover,.t:focus{outline:2px solid var(--text);outline-offset:-1px}.prompt{font-weight:bold}.nl::before{content:"↵";opacity:.5}
+#tip{position:fixed;inset:auto 0 0;background:var(--bar);border-top:1px solid var(--line)}
+#tip div{font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;white-space:pre-wrap;max-width:58rem;margin:0 auto;padding:.6rem 1rem;min-height:3em;max-height:9em;overflow:auto}
+'''
+SCRIPT = '''
+const tip = document.querySelector('#tip div')
+for (const e of document.querySelectorAll('.t')) for (const v of ['mouseenter', 'focus']) e.addEventListener(v, () => tip.textContent = e.dataset.tip)
+'''
+
+
+def write_html(path, title, line, samples, enc, n_iter):
+    """One self-contained page. samples: lists of Steps, those of the prompt with seq None."""
+    depths = range(1, n_iter + 1)
+    colours = ['.d{}{{background:rgb{}}}'.format(d, colour(d, n_iter, LIGHT)) for d in depths]
+    dark = ['.d{}{{background:rgb{}}}'.format(d, colour(d, n_iter, DARK)) for d in depths]
+    count = [sum(s.depth == d for steps in samples for s in steps) for d in depths]
+    legend = [f'<li class="d{d}" style="flex-grow:{c}">{d}: {c / max(1, sum(count)):.0%}</li>' for d, c in zip(depths, count)]
+    texts = []
+    for steps in samples:
+        spans = []
+        for text, group in pieces(enc, steps):
+            made, depth = group[0].seq is not None, depth_of(group)
+            tip = [f'{json.dumps(text, ensure_ascii=False)}, {"generated" if made else "in the prompt"}']
+            for s in group:
+                tip.append(f'token {s.token}: ' + (f'depth {s.depth} of {n_iter}, NLL {s.nll:.2f} nats (probability {math.exp(-s.nll):.2g}), gates '
+                           + (', '.join(f'{g:.2g}' for g in s.gates) or 'none') if s.depth else 'the first, nothing predicted it'))
+            kind = ' '.join(['t'] + [f'd{depth}'] * bool(depth) + ['prompt'] * (not made) + ['nl'] * (text[-1:] == '\n'))
+            spans.append(f'<span class="{kind}" tabindex="0" data-tip="{html.escape(visible(chr(10).join(tip)))}">{html.escape(visible(text))}</span>')
+        texts.append(f'<pre>{"".join(spans)}</pre>')
+    page = ['<!doctype html>', '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">',
+            f'<title>{html.escape(title)}</title>', f'<style>{STYLE}{"".join(colours)}', f'@media(prefers-color-scheme:dark){{{"".join(dark)}}}</style></head><body>',
+            f'<h1>{html.escape(title)}</h1><p>{html.escape(line)}</p><ul>{"".join(legend)}</ul>',
+            '<p>The colour is the number of iterations that were spent on predicting a token. The prompt is bold.</p>', *texts,
+            '<div id="tip" aria-live="polite"><div>Point at a token, or move with Tab: depth, NLL and gates stand here.</div></div>',
+            f'<script>{SCRIPT}</script></body></html>']
+    Path(f'{path}.tmp').write_text('\n'.join(page), encoding='utf-8')
     os.replace(f'{path}.tmp', path)
 
 
-def read_jobs(path):
-    """The JSON lines of a --prompts file."""
-    if not Path(path).is_file():
-        fail(f'no prompts file {path}')
-    jobs = []
-    for n, line in enumerate(Path(path).read_text().splitlines(), 1):
-        if line.strip():
-            try:
-                job = json.loads(line)
-                if not isinstance(job['prompt'], str) or not isinstance(job.get('max_new_tokens', 0), int):
-                    raise TypeError
-            except (ValueError, KeyError, TypeError):
-                fail(f'{path}, line {n}: not a JSON object with a string under "prompt"')
-            jobs.append(job)
-    return jobs
-
-
-def run_batch(a, model, enc, jobs, stop):
-    """JSON lines in, JSON lines out, in the order of the input, each written as soon as all before it are done."""
-    prompts = [encode(model, enc, j['prompt'], f'{a.prompts}, prompt {n}') for n, j in enumerate(jobs, 1)]
-    budget = [j.get('max_new_tokens', a.max_new_tokens) for j in jobs]
-    made, left, written = [[] for _ in jobs], list(budget), 0
-    rngs = [torch.Generator().manual_seed(a.seed + n) for n in range(len(jobs))]
-    temporary = a.out and f'{a.out}.tmp'
-    out = open(temporary, 'w') if a.out else sys.stdout
-    t = time.time()
-    with tqdm(total=len(jobs), unit='prompt', dynamic_ncols=True) as bar:
-        def write():
-            nonlocal written
-            while written < len(jobs) and left[written] <= 0:
-                steps, job = made[written], jobs[written]
-                text = enc.decode([s.token for s in steps if s.token != stop and s.token < enc.n_vocab])
-                depth = sum(s.depth for s in steps) / len(steps) if steps else None
-                print(json.dumps({**job, 'completion': text, 'tokens': len(steps), 'mean_depth': depth}, ensure_ascii=False), file=out, flush=True)
-                written += 1
-                bar.update()
-        write()
-        for s in model.stream(prompts, budget, a.temperature, a.top_k, a.top_p, rngs, a.tau, a.max_iter, slots=a.batch, stop_token=stop):
-            made[s.seq].append(s)
-            left[s.seq] -= 1
-            if s.token == stop:
-                left[s.seq] = 0
-            if left[s.seq] == 0:
-                write()
-    if a.out:
-        out.close()
-        os.replace(temporary, a.out)
-    return [s._asdict() for steps in made for s in steps], time.time() - t
+def load(a):
+    """The model, its tokenizer, and the token that ends a text."""
+    try:
+        path = Path(a.ckpt)
+        path = path / 'ckpt.pt' if (path / 'ckpt.pt').is_file() else path
+        if path.suffix == '.pt':
+            state = load_checkpoint(path)
+            model, meta, folder = AdaPonderLM.from_state(state), state['meta'], path.parent
+            enc = load_tokenizer({**meta, 'tokenizer': a.tokenizer} if a.tokenizer else meta, '' if a.tokenizer else folder)
+        else:
+            folder = find_pretrained(a.ckpt)
+            vanilla = 'ponderinglm' not in json.loads((folder / 'config.json').read_text())
+            model = AdaPonderLM.from_pretrained(folder, n_iter=1 if vanilla else None, dtype=getattr(torch, a.dtype))
+            enc = load_tokenizer(a.tokenizer or folder / 'tokenizer.json')
+        model = model.to(a.device, getattr(torch, a.dtype)).eval()
+        model.check_max_iter(a.max_iter)
+    except (OSError, ValueError, RuntimeError, AssertionError) as e:  # torch has its own for a device that is not there
+        fail(e)
+    return model, enc, enc._special_tokens['<|endoftext|>']
 
 
 def encode(model, enc, text, what='the prompt'):
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        fail(f'{what} is not UTF-8 text')
     tokens = enc.encode_ordinary(text)
     if not tokens:
         fail(f'{what} is empty: give at least one character')
@@ -204,16 +212,98 @@ def encode(model, enc, text, what='the prompt'):
     return tokens
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--ckpt', required=True, help='a ckpt.pt of train.py')
-    p.add_argument('--prompt', help='text to continue; default: standard input')
-    p.add_argument('--prompt_file', help='a file with the text to continue')
-    p.add_argument('--prompts', help='a file of JSON lines {"prompt": ..., "max_new_tokens": ...}; other keys are carried through')
-    p.add_argument('--batch', type=int, default=8, help='sequences in flight with --prompts')
+def read_text(path):
+    """The UTF-8 text of a file, or of standard input for None, line ends as they are."""
+    try:
+        return (Path(path).read_bytes() if path else sys.stdin.buffer.read()).decode()
+    except OSError as e:
+        fail(f'{path} cannot be read: {e.strerror}')
+    except UnicodeDecodeError:
+        fail(f'{path or "standard input"} is not UTF-8 text')
+
+
+def run_batch(a, model, enc, stop):
+    """JSON lines in, JSON lines out, in the order of the input, each written as soon as all before it are done. Returns (prompt length, Steps) of each."""
+    jobs, prompts = [], []
+    for n, line in enumerate(read_text(a.prompts).split('\n'), 1):
+        if line.strip():
+            try:
+                job = json.loads(line)
+                if type(job['prompt']) is not str or type(job.get('max_new_tokens', 0)) is not int or job.get('max_new_tokens', 0) < 0:
+                    raise TypeError
+            except (ValueError, KeyError, TypeError):
+                fail(f'{a.prompts}, line {n}: not a JSON object with a string "prompt", and if anything a whole number "max_new_tokens"')
+            jobs.append(job)
+            prompts.append(encode(model, enc, job['prompt'], f'{a.prompts}, line {n}: the prompt'))
+    budget = [job.get('max_new_tokens', a.max_new_tokens) for job in jobs]
+    rngs = [torch.Generator().manual_seed(a.seed + n) for n in range(len(jobs))]
+    stream = model.stream(prompts, budget, a.temperature, a.top_k, a.top_p, rngs, a.tau, a.max_iter, slots=a.batch, stop_token=stop)
+    made, ended = [[] for _ in jobs], [n == 0 for n in budget]
+    out = open(f'{a.out}.tmp', 'w', encoding='utf-8', errors='backslashreplace') if a.out else sys.stdout
+    with tqdm(total=len(jobs), initial=sum(ended), unit='prompt', dynamic_ncols=True) as bar:
+        for job, steps, n in zip(jobs, made, range(len(jobs))):
+            while not ended[n]:
+                s = next(stream)
+                made[s.seq].append(s)
+                if len(made[s.seq]) == budget[s.seq] or s.token == stop:
+                    ended[s.seq] = True
+                    bar.update()
+            text = b''.join(token_bytes(enc, s.token) for s in steps if s.token != stop).decode(errors='replace')
+            depth = sum(s.depth for s in steps) / len(steps) if steps else None
+            tqdm.write(json.dumps({**job, 'completion': text, 'tokens': len(steps), 'mean_depth': depth}, ensure_ascii=False), file=out)
+            out.flush()
+    if a.out:
+        out.close()
+        os.replace(f'{a.out}.tmp', a.out)
+    return [(len(p), steps) for p, steps in zip(prompts, made)]
+
+
+def run_samples(a, model, enc, stop):
+    """Print a.num_samples continuations of one prompt as they are made. Returns (prompt length, Steps) of each, and the prompt's Steps."""
+    if a.prompt is None and not a.prompt_file and sys.stdin.isatty():
+        print('Type a text to continue, then Ctrl-D on a line of its own.', file=sys.stderr)
+    text = a.prompt if a.prompt is not None else read_text(a.prompt_file)
+    tokens, K = encode(model, enc, text), model.cfg.n_iter
+    prompt = read(model, tokens, a.tau, a.max_iter)
+    if a.depth:
+        print('iterations ' + ''.join(paint(f' {d} ', d, K) for d in range(1, K + 1)) + ', the prompt is ' + paint('bold', None, K, True) + '\n')
+    runs = []
+    for n in range(a.num_samples):
+        made = []
+        args = (a.max_new_tokens, a.temperature, a.top_k, a.top_p, [torch.Generator().manual_seed(a.seed + n)], a.tau, a.max_iter)
+        if a.execution == 'cached':
+            steps = model.stream([tokens], *args, stop_token=stop)
+        else:
+            steps = stream_without_cache(model, tokens, *args, a.execution, stop)
+
+        def shown():
+            for s in steps:
+                made.append(s)
+                if s.token != stop:
+                    yield s
+        if n:
+            print('\n' + '-' * 20)
+        for text, group in pieces(enc, chain(prompt, shown())):
+            if a.depth:
+                text = paint(text, depth_of(group), K, group[0].seq is None)
+            print(visible(text) if sys.stdout.isatty() and not a.depth else text, end='', flush=True)
+        runs.append((len(tokens), made))
+    print()
+    return runs, prompt
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(prog='sample.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--ckpt', required=True, help="train.py's ckpt.pt, or a Hugging Face folder or hub name of a Pythia")
+    p.add_argument('--tokenizer', help="a tokenizer file, where it is not the one beside the checkpoint")
+    what = p.add_mutually_exclusive_group()
+    what.add_argument('--prompt', help='text to continue; default: standard input')
+    what.add_argument('--prompt_file', help='a file with the text to continue')
+    what.add_argument('--prompts', help='a file of JSON lines {"prompt": ..., "max_new_tokens": ...}; other keys are carried through')
+    p.add_argument('--batch', type=int, default=8, help='sequences in flight with --prompts (8)')
     p.add_argument('--out', help='where --prompts writes its JSON lines; default: standard output')
-    p.add_argument('--max_new_tokens', type=int, default=300)
-    p.add_argument('--temperature', type=float, default=0.8, help='0 is greedy')
+    p.add_argument('--max_new_tokens', type=int, default=300, help='(300)')
+    p.add_argument('--temperature', type=float, default=0.8, help='0 is greedy (0.8)')
     p.add_argument('--top_k', type=int, help='only the k likeliest tokens')
     p.add_argument('--top_p', type=float, help='only the likeliest tokens that together reach this probability')
     p.add_argument('--num_samples', type=int, default=1)
@@ -222,80 +312,43 @@ def main():
     p.add_argument('--max_iter', type=int, help='at most this many iterations a token')
     p.add_argument('--execution', choices=('cached', 'packed', 'dense'), default='cached', help='the same text three ways; only cached is fast')
     p.add_argument('--depth', action='store_true', help='colour each token by its depth')
-    p.add_argument('--html', help='write a page to hover over')
+    p.add_argument('--html', metavar='FILE', help='write a page that shows depth, NLL and gates of each token')
     p.add_argument('--ignore_eot', action='store_true', help='go on after <|endoftext|>')
     p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     p.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
-    a = p.parse_args()
-    try:
-        state = load_checkpoint(a.ckpt)
-        meta = state['meta']
-        model = AdaPonderLM.from_state(state).to(a.device, getattr(torch, a.dtype)).eval()
-        model.check_max_iter(a.max_iter)
-    except (OSError, ValueError, RuntimeError) as e:
-        fail(e)
-    enc = load_tokenizer(meta, Path(a.ckpt).parent)
-    if a.temperature < 0 or (a.top_k is not None and a.top_k < 1) or (a.top_p is not None and not 0 < a.top_p <= 1):
+    a = p.parse_args(argv)
+    if not a.temperature >= 0 or (a.top_k is not None and a.top_k < 1) or (a.top_p is not None and not 0 < a.top_p <= 1):
         fail('temperature must be >= 0, top_k at least 1, top_p in (0, 1]')
     if a.tau is not None and not 0 <= a.tau < 1:
         fail(f'tau must be in [0, 1), not {a.tau}')
     if min(a.max_new_tokens, a.num_samples - 1, a.batch - 1) < 0:
         fail('max_new_tokens must be at least 0, num_samples and batch at least 1')
-    stop = None if a.ignore_eot else meta['eot']
-    K = model.cfg.n_iter
+    if a.prompts and (a.html or a.depth or a.num_samples > 1 or a.execution != 'cached'):
+        fail('--prompts writes JSON lines: --html, --depth, --num_samples and --execution do not go with it')
+    if a.out and not a.prompts:
+        fail('--out is for --prompts: redirect standard output instead')
+    for file in filter(None, (a.html, a.out)):
+        if not os.access(Path(file).parent, os.W_OK):
+            fail(f'{file} cannot be written: no folder {Path(file).parent} that allows it')
+    if hasattr(sys.stdout, 'reconfigure'):
+        sys.stdout.reconfigure(encoding='utf-8', errors='backslashreplace')  # whatever the locale: text is UTF-8 here
 
-    if a.prompts:
-        made, seconds = run_batch(a, model, enc, read_jobs(a.prompts), stop)
-    else:
-        if a.prompt_file and not Path(a.prompt_file).is_file():
-            fail(f'no prompt file {a.prompt_file}')
-        try:
-            text = a.prompt if a.prompt is not None else Path(a.prompt_file).read_text() if a.prompt_file else sys.stdin.read()
-        except UnicodeDecodeError:
-            fail('the prompt is not UTF-8 text')
-        tokens = encode(model, enc, text)
-        shown = read_prompt(model, tokens, a.tau, a.max_iter)
-        if a.depth:
-            print('iterations: ' + ' '.join(paint(f' {d} ', d, K) for d in range(1, K + 1)) + '\n')
-        made, samples, seconds = [], [], 0.0
-        for n in range(a.num_samples):
-            pieces = Pieces(enc)
-
-            def show(done):
-                if done:
-                    sys.stdout.write(paint(done[0], group_depth(done[1]), K) if a.depth else done[0])
-                    sys.stdout.flush()
-            for r in shown:
-                show(pieces.add(r))
-            t = time.time()
-            args = (a.temperature, a.top_k, a.top_p, [torch.Generator().manual_seed(a.seed + n)], a.tau, a.max_iter)
-            if a.execution == 'cached':
-                steps = (dict(s._asdict()) for s in model.stream([tokens], a.max_new_tokens, *args, stop_token=stop))
-            else:
-                steps = stream_without_cache(model, tokens, a.max_new_tokens, *args, a.execution, stop)
-            mine = []
-            for r in steps:
-                if r['token'] == stop or r['token'] >= enc.n_vocab:
-                    made.append(r)
-                    continue  # nothing to show: the end, or padding of the vocabulary
-                mine.append(dict(r, new=True))
-                show(pieces.add(mine[-1]))
-            show(pieces.flush())
-            seconds += time.time() - t
-            made += mine
-            samples.append([dict(r) for r in shown] + mine)
-            print('\n' if n + 1 < a.num_samples else '')
-    if made:
-        context = (model.cfg.block_size + 1) / 2
-        spent = sum(float(model.cfg.inference_flops(r['depth'], context, a.max_iter)) for r in made) / len(made)
-        full = model.cfg.inference_flops(K, context)
-        summary = (f'{len(made)} tokens, {len(made) / max(seconds, 1e-9):.0f} tokens/s, mean depth {sum(r["depth"] for r in made) / len(made):.2f} of {K}, '
-                   f'{1 - spent / full:.1%} of the FLOPs of full depth saved')
-        print(summary, file=sys.stderr)
-    if a.html and not a.prompts:
-        write_html(a.html, f'AdaPonderLM · {a.ckpt}', (summary if made else '') + f' · seed {a.seed}, temperature {a.temperature}', samples, enc, K)
+    model, enc, eot = load(a)
+    stop, start = None if a.ignore_eot else eot, time.perf_counter()
+    runs, prompt = (run_batch(a, model, enc, stop), None) if a.prompts else run_samples(a, model, enc, stop)
+    line = summary(model, runs, time.perf_counter() - start, a.max_iter)
+    print(line, file=sys.stderr)
+    if a.html:
+        settings = ''.join(f', {k} {v}' for k in ('seed', 'temperature', 'top_k', 'top_p', 'tau', 'max_iter') if (v := getattr(a, k)) is not None)
+        write_html(a.html, f'AdaPonderLM, {a.ckpt}', line + settings, [prompt + steps for _, steps in runs], enc, model.cfg.n_iter)
         print(f'wrote {a.html}', file=sys.stderr)
 
 
 if __name__ == '__main__':
-    main()
+    if hasattr(signal, 'SIGPIPE'):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end as quietly as other filters when `| head` has read enough
+    try:
+        main()
+    except KeyboardInterrupt:
+        print('\nstopped', file=sys.stderr)
+        raise SystemExit(130)

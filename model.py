@@ -16,6 +16,8 @@ This file needs torch and nothing else: copy it into your project.
 import json
 import math
 import os
+import sys
+import zipfile
 from collections import deque
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -317,11 +319,16 @@ class AdaPonderLM(nn.Module):
         self.init_weights()
 
     @torch.no_grad()
-    def init_weights(self):
-        """PonderLM's initialisation: normal cut at 3 sigma, std sqrt(2 / 5d), a block's two outputs damped by sqrt(2 n_layer K)."""
+    def init_weights(self, prefix=''):
+        """PonderLM's initialisation: normal cut at 3 sigma, std sqrt(2 / 5d), a block's two outputs damped by sqrt(2 n_layer K).
+
+        prefix: only the parameters whose names begin so, as after loading a backbone that had no gates.
+        """
         std = math.sqrt(2 / (5 * self.cfg.n_embd))
         damp = math.sqrt(2 * self.cfg.n_layer * self.cfg.n_iter)
         for name, p in self.named_parameters():
+            if not name.startswith(prefix):
+                continue
             if p.dim() > 1:
                 s = std / damp if name.startswith('blocks') and 'proj' in name else std
                 nn.init.trunc_normal_(p, std=s, a=-3 * s, b=3 * s)
@@ -678,73 +685,83 @@ class AdaPonderLM(nn.Module):
 
         path: a folder with config.json and weights (model.safetensors, pytorch_model.bin, or either in shards with an index), one weights
         file in such a folder, or a hub name. n_iter: default what the folder says, else 4. overrides: fields of AdaPonderConfig.
-        Gates that are not in the folder start open. At most one shard is in memory beside the model.
+        Gates that the folder does not have start open. In memory are the model and, mapped from the disk, one shard.
         Raises FileNotFoundError or ValueError naming the tensor or setting that does not fit.
         """
         path = find_pretrained(path)
         folder = path if path.is_dir() else path.parent
-        hf = json.loads((folder / 'config.json').read_text())
         with torch.device('meta'):
-            model = cls(config_from_hf(hf, n_iter, overrides))
-        model = model.to_empty(device='cpu').to(dtype)
-        model.init_weights()
-        params = dict(model.named_parameters())
-        missing = {n for n in params if not n.startswith('gates.')}
-        gates = folder / 'gates.pt'
-        for file in weight_files(path) + ([gates] if gates.exists() and model.gates else []):
+            model = cls(config_from_hf(folder / 'config.json', n_iter, overrides)).to(dtype)
+        model.to_empty(device='cpu').init_weights('gates.')
+        params, seen = dict(model.named_parameters()), set()
+        files = [(f, hf_to_ours) for f in weight_files(path, ('model.safetensors', 'pytorch_model.bin'))]
+        if not files:
+            raise FileNotFoundError(f'{folder} has neither model.safetensors nor pytorch_model.bin, nor an index of their shards')
+        if model.gates:
+            files += [(f, str) for f in weight_files(folder, ('gates.safetensors', 'gates.bin'))]
+        for file, rename in files:
             for name, tensor in read_tensors(file):
-                ours = hf_to_ours(name) if file != gates else name
+                ours = rename(name)
                 if ours is None:
                     if name.endswith('adapter.weight'):
-                        print(f'{file.name}: {name} is not used by this model and ignored')
+                        print(f'{file}: ignored {name}, which PonderLM keeps and does not use', file=sys.stderr)
                     continue
                 if ours not in params:
                     raise ValueError(f'{file}: tensor {name} has no place in this model')
-                if tensor.shape != params[ours].shape:
-                    raise ValueError(f'{file}: tensor {name} has shape {tuple(tensor.shape)}, this model needs {tuple(params[ours].shape)}')
+                if tensor.shape != params[ours].shape or not tensor.is_floating_point():
+                    raise ValueError(f'{file}: tensor {name} is {tensor.dtype} {tuple(tensor.shape)}, this model needs floats {tuple(params[ours].shape)}')
                 params[ours].data.copy_(tensor)
-                missing.discard(ours)
+                seen.add(ours)
+        halves = {n.rsplit('.', 2)[0] for n in seen}  # of the gates; one that the folder does not have at all may be new
+        missing = [n for n in params if n not in seen and (not n.startswith('gates.') or n.rsplit('.', 2)[0] in halves)]
         if missing:
-            raise ValueError(f'{folder} lacks the weights of {", ".join(sorted(missing)[:3])}' + f' and {len(missing) - 3} more' * (len(missing) > 3))
+            names = [n if n.startswith('gates.') else ours_to_hf(n) for n in missing]
+            raise ValueError(f'{folder} lacks the tensor {", ".join(names[:3])}' + f' and {len(names) - 3} more' * (len(names) > 3))
         return model
 
     def save_pretrained(self, path):
-        """Write a folder that transformers loads as GPTNeoXForCausalLM, with the gates beside it in gates.pt.
+        """Write a folder that transformers loads as GPTNeoXForCausalLM, with the gates beside the weights in a file of their own.
 
         transformers runs one iteration and does not scale embeddings: it computes this model's function at n_iter=1, scale_embeds=False.
-        Needs safetensors for model.safetensors, else writes pytorch_model.bin.
+        Files are .safetensors where safetensors is installed, else .bin.
         """
-        cfg, path = self.cfg, Path(path)
+        cfg, path, written = self.cfg, Path(path), []
         path.mkdir(parents=True, exist_ok=True)
-        ours = self.state_dict()
-        hf = {ours_to_hf(n): t.contiguous() for n, t in ours.items() if not n.startswith('gates.')}
+        own = [f.name for f in fields(cfg) if f.name not in HF_CONFIG and f.name not in ('n_iter', 'scale_embeds')]
         config = dict(
-            architectures=['GPTNeoXForCausalLM'], model_type='gpt_neox', vocab_size=cfg.vocab_size, hidden_size=cfg.n_embd,
-            num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head, intermediate_size=4 * cfg.n_embd, hidden_act='gelu',
-            max_position_embeddings=cfg.block_size, rotary_pct=cfg.rotary_pct, rotary_emb_base=cfg.rotary_base, layer_norm_eps=cfg.norm_eps,
-            use_parallel_residual=True, tie_word_embeddings=False, attention_bias=True, bos_token_id=0, eos_token_id=0,
-            torch_dtype=str(self.embed.weight.dtype).removeprefix('torch.'),
-            ponderinglm=cfg.n_iter > 1, pondering_steps=cfg.n_iter - 1, scale_embeds=cfg.scale_embeds,
-            adaponder={n: getattr(cfg, n) for n in ('halting', 'tau', 'gate_width', 'gate_bias', 'pool', 'feedback')})
-
-        def write(name, fn):
-            fn(path / (name + '.tmp'))
-            os.replace(path / (name + '.tmp'), path / name)
+            {theirs: getattr(cfg, ours) for ours, theirs in HF_CONFIG.items()}, architectures=['GPTNeoXForCausalLM'], model_type='gpt_neox',
+            intermediate_size=4 * cfg.n_embd, hidden_act='gelu', use_parallel_residual=True, tie_word_embeddings=False, attention_bias=True,
+            bos_token_id=0, eos_token_id=0, torch_dtype=str(self.embed.weight.dtype).removeprefix('torch.'),
+            ponderinglm=cfg.n_iter > 1, pondering_steps=cfg.n_iter - 1, scale_embeds=cfg.scale_embeds, adaponder={n: getattr(cfg, n) for n in own})
         try:
-            from safetensors.torch import save_file
-            write('model.safetensors', lambda f: save_file(hf, f, metadata={'format': 'pt'}))
+            from safetensors.torch import save_file as save
         except ImportError:
-            write('pytorch_model.bin', lambda f: torch.save(hf, f))
+            save = torch.save
+
+        def write(stem, tensors):
+            written.append(stem + ('.bin' if save is torch.save else '.safetensors'))
+            save({n: t.contiguous() for n, t in tensors}, str(path / written[-1]) + '.tmp', **({} if save is torch.save else {'metadata': {'format': 'pt'}}))
+        state = self.state_dict().items()
+        write('pytorch_model' if save is torch.save else 'model', [(ours_to_hf(n), t) for n, t in state if not n.startswith('gates.')])
         if self.gates:
-            write('gates.pt', lambda f: torch.save({n: t for n, t in ours.items() if n.startswith('gates.')}, f))
-        write('config.json', lambda f: f.write_text(json.dumps(config, indent=2)))
+            write('gates', [(n, t) for n, t in state if n.startswith('gates.')])
+        written.append('config.json')
+        (path / 'config.json.tmp').write_text(json.dumps(config, indent=2))
+        for name in written:
+            os.replace(path / (name + '.tmp'), path / name)
+        for name in ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin', 'pytorch_model.bin.index.json', 'gates.safetensors', 'gates.bin'):
+            if name not in written:  # what an earlier save left would be read in place of these
+                (path / name).unlink(missing_ok=True)
 
 
-# Hugging Face's names for our parameters, in pairs (ours, theirs); the layouts are the same
+# Hugging Face's names of our settings and tensors; the layouts are the same, fused QKV included
 
+HF_CONFIG = dict(vocab_size='vocab_size', block_size='max_position_embeddings', n_layer='num_hidden_layers', n_head='num_attention_heads',
+                 n_embd='hidden_size', rotary_pct='rotary_pct', rotary_base='rotary_emb_base', norm_eps='layer_norm_eps')
 HF_NAMES = [('embed.', 'gpt_neox.embed_in.'), ('unembed.', 'embed_out.'), ('ln_f.', 'gpt_neox.final_layer_norm.'), ('blocks.', 'gpt_neox.layers.'),
             ('.ln_1.', '.input_layernorm.'), ('.ln_2.', '.post_attention_layernorm.'), ('.attn.qkv.', '.attention.query_key_value.'),
-            ('.attn.proj.', '.attention.dense.'), ('.mlp.fc.', '.mlp.dense_h_to_4h.'), ('.mlp.proj.', '.mlp.dense_4h_to_h.')]
+            ('.attn.proj.', '.attention.dense.'), ('.mlp.fc.', '.mlp.dense_h_to_4h.'), ('.mlp.proj.', '.mlp.dense_4h_to_h.'),
+            ('unembed.', 'lm_head.')]  # the last as transformers 5 names embed_out in memory
 
 
 def ours_to_hf(name):
@@ -756,7 +773,7 @@ def ours_to_hf(name):
 
 def hf_to_ours(name):
     """Our name of a Hugging Face tensor; None for those that hold nothing learned (rotary and mask buffers) or nothing we use."""
-    if name.endswith(('rotary_emb.inv_freq', '.attention.bias', '.attention.masked_bias', 'adapter.weight')):
+    if name.endswith(('.rotary_emb.inv_freq', '.attention.bias', '.attention.masked_bias')) or name.split('.')[-2:] == ['adapter', 'weight']:
         return None
     for ours, theirs in HF_NAMES:
         if name.startswith(theirs) or (theirs.startswith('.') and theirs in name):
@@ -764,77 +781,102 @@ def hf_to_ours(name):
     return name
 
 
-def config_from_hf(hf, n_iter, overrides):
+def read_json(path):
+    try:
+        return json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as e:
+        raise ValueError(f'{path} is not JSON: {e}') from None
+
+
+def config_from_hf(path, n_iter=None, overrides={}):
     """AdaPonderConfig from a config.json. Refuses by name what this model cannot represent."""
-    if hf.get('model_type') not in ('gpt_neox', None) and not hf.get('ponderinglm'):
-        raise ValueError(f"model_type is {hf['model_type']!r}: only GPT-NeoX models (Pythia, PonderPythia) can be loaded")
-    rope = hf.get('rope_parameters') or {}
-    scaling = hf.get('rope_scaling') or (rope if rope.get('rope_type', 'default') != 'default' else None)
+    hf = read_json(path)
+    if hf.get('model_type') != 'gpt_neox' and not (hf.get('ponderinglm') and 'neox' in hf.get('model_type', '')):
+        raise ValueError(f'{path} has model_type {hf.get("model_type")!r}: only GPT-NeoX models (Pythia, PonderPythia) can be loaded')
+    lacking = [k for k in HF_CONFIG.values() if k not in hf and k not in ('rotary_pct', 'rotary_emb_base', 'layer_norm_eps')]
+    if lacking:
+        raise ValueError(f'{path} lacks {", ".join(lacking)}')
     need = {'use_parallel_residual': True, 'hidden_act': 'gelu', 'tie_word_embeddings': False, 'attention_bias': True,
-            'intermediate_size': 4 * hf['hidden_size']}
+            'intermediate_size': 4 * hf['hidden_size'], 'quantization_config': None}
     for name, value in need.items():
         if hf.get(name, value) != value:
-            raise ValueError(f'config.json has {name} = {hf[name]!r}, this model has only {value!r}')
-    if scaling:
-        raise ValueError(f'config.json has rope scaling ({scaling}), which this model does not have')
-    own = dict(
-        vocab_size=hf['vocab_size'], block_size=hf['max_position_embeddings'], n_layer=hf['num_hidden_layers'],
-        n_head=hf['num_attention_heads'], n_embd=hf['hidden_size'],
-        rotary_pct=rope.get('partial_rotary_factor', hf.get('rotary_pct', 0.25)),
-        rotary_base=rope.get('rope_theta', hf.get('rotary_emb_base', 10000)), norm_eps=hf.get('layer_norm_eps', 1e-5),
-        n_iter=hf.get('pondering_steps', 0) + 1 if 'ponderinglm' in hf else 4, scale_embeds=bool(hf.get('scale_embeds', False)))
+            raise ValueError(f'{path} has {name} = {hf[name]!r}, and this model can only be {value!r}')
+    rope = hf.get('rope_parameters') or {}  # transformers 5; before, rope_scaling, rotary_pct and rotary_emb_base
+    for scaling in (rope, hf.get('rope_scaling') or {}):
+        if scaling.get('rope_type', scaling.get('type', 'default')) != 'default':
+            raise ValueError(f'{path} has rope scaling {scaling}, which this model does not have')
+    own = {ours: hf[theirs] for ours, theirs in HF_CONFIG.items() if theirs in hf}
+    own.update({ours: rope[theirs] for ours, theirs in (('rotary_pct', 'partial_rotary_factor'), ('rotary_base', 'rope_theta')) if theirs in rope})
+    if 'ponderinglm' in hf:
+        own['n_iter'] = hf.get('pondering_steps', 0) + 1 if hf['ponderinglm'] else 1
+    own['scale_embeds'] = bool(hf.get('scale_embeds', False))
     own.update(hf.get('adaponder', {}), **overrides)
     if n_iter is not None:
         own['n_iter'] = n_iter
-    return AdaPonderConfig(**own)
+    try:
+        return AdaPonderConfig(**own)
+    except TypeError as e:  # a field of a later version, or a typing error in overrides
+        raise ValueError(f'{path}: {e}') from None
 
 
 def find_pretrained(path):
     """A local folder or file as a Path; a hub name is downloaded when huggingface_hub is installed."""
-    if os.path.exists(path):
-        path = Path(path)
+    name, path = str(path), Path(path)
+    if path.exists():
         if not ((path if path.is_dir() else path.parent) / 'config.json').is_file():
             raise FileNotFoundError(f'{path} has no config.json beside its weights: give a Hugging Face model folder')
         return path
-    if Path(path).is_absolute() or str(path).startswith('.') or str(path).count('/') != 1:
-        raise FileNotFoundError(f'no folder {path}')
+    if path.is_absolute() or name.startswith('.') or name.count('/') != 1:
+        raise FileNotFoundError(f'no folder {name}')
+    by_hand = f'get the folder with "hf download {name} --local-dir DIR" and give DIR'
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise FileNotFoundError(f'no folder {path}; to download it as a hub name: pip install huggingface_hub') from None
+        raise FileNotFoundError(f'no folder {name}; if it is a hub name, pip install huggingface_hub, or {by_hand}') from None
     try:
-        return Path(snapshot_download(str(path), allow_patterns=['config.json', '*.safetensors', '*.safetensors.index.json', '*.bin', '*.bin.index.json', 'gates.pt']))
-    except Exception as e:
-        raise FileNotFoundError(f'no folder {path}, and the hub did not give it ({type(e).__name__}): download it elsewhere with '
-                                f'"hf download {path} --local-dir DIR" and give DIR') from None
+        small = ['config.json', 'tokenizer.json', 'gates.*']
+        folder = Path(snapshot_download(name, allow_patterns=small + ['*.safetensors', '*.safetensors.index.json']))
+        if not weight_files(folder, ('model.safetensors',)):  # many repositories have both: one is enough
+            folder = Path(snapshot_download(name, allow_patterns=small + ['*.bin', '*.bin.index.json']))
+    except Exception as e:  # of the network, of the hub, of the cache
+        raise FileNotFoundError(f'no folder {name}, and the hub did not give it ({type(e).__name__}): {by_hand}') from None
+    return folder
 
 
-def weight_files(path):
-    """The files that hold the backbone's weights: one, or the shards that an index names."""
-    if path.is_file():
+def weight_files(path, names):
+    """The files that hold the weights under the first of `names` that is there: one, or the shards that its index lists."""
+    if path.is_file() and path.suffix != '.json':
         return [path]
-    for name in ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin', 'pytorch_model.bin.index.json'):
-        if (path / name).is_file():
-            if not name.endswith('.json'):
-                return [path / name]
-            return [path / f for f in sorted(set(json.loads((path / name).read_text())['weight_map'].values()))]
-    raise FileNotFoundError(f'{path} has neither model.safetensors nor pytorch_model.bin (nor an index of shards)')
+    for file in [path] if path.is_file() else [f for name in names for f in (path / name, path / (name + '.index.json'))]:
+        if file.is_file():
+            return [file] if file.suffix != '.json' else [file.parent / f for f in sorted(set(read_json(file)['weight_map'].values()))]
+    return []
 
 
 def read_tensors(file):
-    """(name, tensor) pairs of a weights file, one tensor in memory at a time."""
+    """(name, tensor) pairs of a weights file, mapped from the disk one at a time."""
     if not file.is_file():
         raise FileNotFoundError(f'the shard {file} is missing')
     if file.suffix == '.safetensors':
         try:
             from safetensors import safe_open
         except ImportError:
-            raise ValueError(f'{file.name} needs safetensors: pip install safetensors') from None
-        with safe_open(file, framework='pt') as f:
+            raise ValueError(f'{file} needs safetensors: pip install safetensors') from None
+        try:
+            f = safe_open(file, framework='pt')
+        except Exception as e:  # the library has its own kind
+            raise ValueError(f'{file} is not a readable safetensors file: {e}') from None
+        with f:
             for name in f.keys():
                 yield name, f.get_tensor(name)
     else:
-        yield from torch.load(file, map_location='cpu', weights_only=True, mmap=True).items()
+        try:
+            state = torch.load(file, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(file))
+        except Exception as e:  # torch raises many kinds, from zipfile's to pickle's
+            raise ValueError(f'{file} is not a readable weights file ({type(e).__name__})') from None
+        if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+            raise ValueError(f'{file} is not a plain dict of tensors')
+        yield from state.items()
 
 
 def load_checkpoint(path, map_location='cpu'):

@@ -186,9 +186,10 @@ def load(a):
             model, meta, folder = AdaPonderLM.from_state(state), state['meta'], path.parent
             enc = load_tokenizer({**meta, 'tokenizer': a.tokenizer} if a.tokenizer else meta, '' if a.tokenizer else folder)
         else:
-            folder = find_pretrained(a.ckpt)
+            path = find_pretrained(a.ckpt)
+            folder = path if path.is_dir() else path.parent
             vanilla = 'ponderinglm' not in json.loads((folder / 'config.json').read_text())
-            model = AdaPonderLM.from_pretrained(folder, n_iter=1 if vanilla else None, dtype=getattr(torch, a.dtype))
+            model = AdaPonderLM.from_pretrained(path, n_iter=1 if vanilla else None, dtype=getattr(torch, a.dtype))
             enc = load_tokenizer(a.tokenizer or folder / 'tokenizer.json')
         model = model.to(a.device, getattr(torch, a.dtype)).eval()
         model.check_max_iter(a.max_iter)

@@ -214,7 +214,7 @@ class Block(nn.Module):
 
     def forward(self, x, rope, attend, kv, at):
         y, kv = self.attn(self.ln_1(x), rope, attend, kv, at)
-        return x + y + self.mlp(self.ln_2(x)), kv
+        return x + (y + self.mlp(self.ln_2(x))), kv  # the small ones first: in bfloat16 the sum is rounded to the size of x once
 
 
 class Gate(MLP):

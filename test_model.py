@@ -7,6 +7,7 @@ import ast
 import base64
 import gzip
 import hashlib
+import html.parser
 import io
 import json
 import math
@@ -32,7 +33,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_py
 import prepare_data
+import sample as sample_py
 from model import AdaPonderConfig, AdaPonderLM, load_checkpoint, sample
+from prepare_data import EOT
+from sample import CONTROL
 
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent / 'shared'
@@ -343,6 +347,272 @@ def test_flop_formula_equals_the_counter_in_decoding():
     assert len({s.depth for s in steps[0]}) > 1 and abs(got / want - 1) < 0.01
 
 
+# sample.py
+
+def run_sample(capsys, *args):
+    capsys.readouterr()
+    sample_py.main([str(a) for a in args])
+    return capsys.readouterr()
+
+
+def save_ckpt(model, path, tokenizer='bytes', **meta):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    meta = dict(tokenizer=tokenizer, tokenizer_sha256=None, vocab_size=257, eot=256, **meta)
+    torch.save(dict(adaponder=1, config=asdict(model.cfg), model=model.state_dict(), meta=meta), path)
+    return path
+
+
+@pytest.fixture(scope='module')
+def ckpt(tmp_path_factory):
+    """A random byte model that halts, with a context of 64."""
+    model = tiny(torch.float32, vocab_size=320, block_size=64)
+    model.unembed.weight.data *= 3
+    return save_ckpt(model, tmp_path_factory.mktemp('ckpt') / 'run' / 'ckpt.pt')
+
+
+PROMPT = 'tab\there <b>é漢😀</b> &amp;\r\n\x1b[31m'  # 38 bytes
+
+
+class Page(html.parser.HTMLParser):
+    """The tokens of a page that sample.py wrote: (text, attributes), and all tags."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tokens, self.tags = [], ['']
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        if tag == 'span':
+            self.tokens.append(['', dict(attrs)])
+
+    def handle_data(self, data):
+        if self.tags[-1] == 'span' and data:
+            self.tokens[-1][0] += data
+
+    def handle_endtag(self, tag):
+        if tag == 'span':
+            self.tags.append('/')
+
+
+def test_sample_makes_the_same_text_and_page_on_every_execution(ckpt, tmp_path, capsys):
+    m, tokens = AdaPonderLM.from_checkpoint(ckpt), list(PROMPT.encode())
+    steps = list(m.stream([tokens], 30, temperature=0.8, generator=[torch.Generator().manual_seed(5)]))  # 38 + 30 tokens outgrow the 64
+    want = b''.join(bytes([s.token]) if s.token < 256 else EOT.encode() for s in steps if s.token <= 256).decode(errors='replace')
+    pages = []
+    for execution in ('cached', 'packed', 'dense'):
+        page = tmp_path / f'{execution}.html'
+        got = run_sample(capsys, '--ckpt', ckpt, '--prompt', PROMPT, '--max_new_tokens', 30, '--seed', 5, '--ignore_eot', '--execution', execution, '--html', page)
+        assert got.out == PROMPT + want + '\n'
+        assert re.match(rf'30 tokens, \d+ tokens/s, mean depth {sum(s.depth for s in steps) / 30:.2f} of 4, ', got.err)
+        pages.append(Page(page.read_text()).tokens)
+    assert pages[0] == pages[1] == pages[2] and '�' in want
+    other = run_sample(capsys, '--ckpt', ckpt.parent, '--prompt', PROMPT, '--max_new_tokens', 30, '--seed', 4, '--ignore_eot', '--num_samples', 2).out
+    assert other.endswith('-' * 20 + '\n' + PROMPT + want + '\n') and other.count(want) == 1  # sample n has seed + n, and a run's folder will do
+
+
+def test_sample_reports_the_flops_of_each_token_at_its_own_context(ckpt, capsys):
+    m = AdaPonderLM.from_checkpoint(ckpt)
+    for max_iter in (4, 2):
+        err = run_sample(capsys, '--ckpt', ckpt, '--prompt', 'a' * 60, '--max_new_tokens', 30, '--temperature', 0, '--ignore_eot', '--max_iter', max_iter).err
+        steps = list(m.stream([[97] * 60], 30, temperature=0, max_iter=max_iter))
+        spent = full = 0
+        for n, s in enumerate(steps):
+            f = m.cfg.flops(60 + n if n < 5 else 60 + n - 32 if n < 37 else None)  # the window moves by half of 64 when it is full
+            spent += s.depth * (f['linear'] + f['attention']) + (s.depth - (s.depth == max_iter)) * f['gate'] + (s.depth - 1) * f['ponder'] + f['unembed']
+            full += 4 * (f['linear'] + f['attention']) + 3 * f['ponder'] + f['unembed']  # fixed depth has no gates
+        assert f'{1 - spent / full:.1%} of the FLOPs of fixed depth 4 saved' in err
+
+
+def test_pieces_show_split_characters_as_one():
+    ranks = {**{bytes([b]): b for b in range(256)}, b' \xe2': 256, b'\x80\x9c"': 257}
+    enc = tiktoken.Encoding('t', pat_str=r'[\s\S]+', mergeable_ranks=ranks, special_tokens={EOT: 258})
+
+    def pieces(tokens):
+        return [(text, [s.token for s in group]) for text, group in sample_py.pieces(enc, [model_py.Step(0, t, 1, [], 0.0) for t in tokens])]
+    assert pieces([97, 256, 257, 258, 300]) == [('a', [97]), (' “"', [256, 257]), (EOT, [258]), ('', [300])]
+    assert pieces(list('é😀'.encode()) + [0xF0, 0x9F]) == [('é', [0xC3, 0xA9]), ('😀', [0xF0, 0x9F, 0x98, 0x80]), ('�', [0xF0, 0x9F])]
+    rng = np.random.default_rng(0)
+    for _ in range(300):  # any bytes come out as decode() would have them, no token is lost, and no piece is longer than a character or a broken one
+        tokens = np.concatenate([list(rng.choice(['a', 'é', '漢', '😀']).encode())[:rng.integers(1, 5)] for _ in range(8)]).tolist()
+        got = pieces(tokens)
+        assert ''.join(t for t, _ in got) == bytes(tokens).decode(errors='replace') and sum((g for _, g in got), []) == tokens
+        assert all(len(t.encode()) <= 4 or '�' in t for t, _ in got)
+
+
+def test_sample_streams_as_it_goes(ckpt, capsys, monkeypatch):
+    """Standard output that has had enough after 20 writes ends a run that would never end."""
+    want = run_sample(capsys, '--ckpt', ckpt, '--prompt', 'x', '--max_new_tokens', 40, '--ignore_eot').out
+    got = []
+
+    class Enough(Exception):
+        pass
+
+    class Out(io.StringIO):
+        def write(self, text):
+            got.append(text)
+            if len(got) == 20:
+                raise Enough
+    monkeypatch.setattr(sys, 'stdout', Out())
+    with pytest.raises(Enough):
+        sample_py.main(['--ckpt', str(ckpt), '--prompt', 'x', '--max_new_tokens', str(10 ** 9), '--ignore_eot'])
+    assert want.startswith(''.join(got))
+
+
+@pytest.mark.parametrize('colorterm', ['truecolor', ''])
+def test_depth_view(ckpt, capsys, monkeypatch, colorterm):
+    monkeypatch.setenv('COLORTERM', colorterm)
+    m = AdaPonderLM.from_checkpoint(ckpt)
+    out = m(torch.tensor([list(PROMPT.encode())]))
+    depth = [None] + out.depth[0].tolist()  # the depth at a position is spent on the next one
+    text = run_sample(capsys, '--ckpt', ckpt, '--prompt', PROMPT, '--max_new_tokens', 0, '--depth').out
+    legend, _, body = text.partition('\n\n')
+    paint = [code for code, d in re.findall(r'\x1b\[([\d;]+)m (\d) \x1b', legend)]
+    assert len(set(paint)) == 4 and all(('48;2;' in p) == bool(colorterm) for p in paint)
+    cells = re.findall(r'\x1b\[([\d;]+)m([^\x1b]*)\x1b\[0m(\n?)', body)
+    want = PROMPT.replace('\t', '    ').replace('\r\n', r'\x0d↵' + '\n').replace('\x1b', r'\x1b') + '\n'
+    assert want == ''.join(shown + end for _, shown, end in cells) == re.sub(r'\x1b\[[\d;]*m', '', body)
+    at = 0
+    for c, (code, _, _) in zip(PROMPT, cells):
+        d = max((d for d in depth[at:at + len(c.encode())] if d), default=None)
+        assert code == ('1' if d is None else '1' + paint[d - 1][1:])  # bold
+        at += len(c.encode())
+
+
+def test_page_is_self_contained_and_escaped(ckpt, tmp_path, capsys):
+    got = run_sample(capsys, '--ckpt', ckpt, '--prompt', PROMPT, '--max_new_tokens', 30, '--num_samples', 2, '--html', tmp_path / 'p.html', '--ignore_eot')
+    text = (tmp_path / 'p.html').read_text()
+    page = Page(text)
+    assert not re.search(r'https?:|//|url\(|\bsrc=|@import|<link', text.replace('// ', '')) and not CONTROL.search(text)
+    assert not {'b', 'img', 'iframe', 'a'} & set(page.tags) and page.tags.count('script') == 1 and page.tags.count('pre') == 2
+    assert 'prefers-color-scheme:dark' in text and 'width=device-width' in text
+    shown = got.out.replace('\r', r'\x0d').replace('\x1b', r'\x1b').rstrip('\n').split('\n' + '-' * 20 + '\n')
+    assert ''.join(t for t, _ in page.tokens) == CONTROL.sub(lambda c: f'\\x{ord(c[0]):02x}', ''.join(shown))
+    prompt = [text for text, a in page.tokens if 'prompt' in a['class']]
+    assert len(prompt) == 2 * len(PROMPT) and prompt[:len(PROMPT)] == prompt[len(PROMPT):] == [t for t, _ in page.tokens[:len(PROMPT)]]
+    m = AdaPonderLM.from_checkpoint(ckpt)
+    tokens = list(PROMPT.encode())
+    out = m(torch.tensor([tokens[:-1]]), torch.tensor([tokens[1:]]))
+    last = page.tokens[len(PROMPT) - 1]
+    d, gates = int(out.depth[0, -1]), out.gates[0, -1].tolist()
+    assert last[1]['class'] == f't d{d} prompt' and last[0] == 'm'
+    assert last[1]['data-tip'] == (f'"m", in the prompt\ntoken 109: depth {d} of 4, NLL {out.nll[0, -1]:.2f} nats (probability {math.exp(-out.nll[0, -1]):.2g}), '
+                                   f'gates {", ".join(f"{g:.2g}" for g in gates[:d])}')
+    assert page.tokens[0][1]['data-tip'].endswith('the first, nothing predicted it')
+
+
+def test_prompts_file_keeps_order_keys_and_text(ckpt, tmp_path, capsys):
+    prompts = ['longer first', 'b', '', 'c\u2028漢\n', 'e']
+    jobs = [dict(prompt=p, id=i, max_new_tokens=n, note='\ud800') for i, (p, n) in enumerate(zip(prompts, (70, 3, 1, 9, 0))) if p]
+    (tmp_path / 'in.jsonl').write_text('\n\n'.join(json.dumps(j, ensure_ascii=j['note'] == '\ud800') for j in jobs) + '\r\n')
+    outs = []
+    for batch in (1, 3):
+        got = run_sample(capsys, '--ckpt', ckpt, '--prompts', tmp_path / 'in.jsonl', '--batch', batch, '--ignore_eot')
+        outs.append([json.loads(line) for line in got.out.split('\n') if line])
+        assert '4/4' in got.err and '82 tokens' in got.err
+    assert outs[0] == outs[1] and [{k: r[k] for k in ('prompt', 'id', 'max_new_tokens', 'note')} for r in outs[0]] == jobs
+    assert [r['tokens'] for r in outs[0]] == [70, 3, 9, 0] and outs[0][3]['mean_depth'] is None and 1 <= outs[0][0]['mean_depth'] <= 4
+    for n, r in enumerate(outs[0]):  # each as if it were alone
+        alone = run_sample(capsys, '--ckpt', ckpt, '--prompt', r['prompt'], '--max_new_tokens', r['tokens'], '--ignore_eot', '--seed', 1337 + n)
+        assert alone.out == r['prompt'] + r['completion'] + '\n'
+    run_sample(capsys, '--ckpt', ckpt, '--prompts', tmp_path / 'in.jsonl', '--ignore_eot', '--out', tmp_path / 'out.jsonl')
+    assert [json.loads(line) for line in (tmp_path / 'out.jsonl').read_text().split('\n') if line] == outs[0]
+    assert not list(tmp_path.glob('*.tmp'))
+
+
+def test_end_of_text_ends_a_sample(tmp_path, capsys):
+    m = tiny(torch.float32, vocab_size=320)
+    m.unembed.weight.data[256] = 10 * m.ln_f.bias.data / m.ln_f.bias.norm() ** 2  # <|endoftext|> after everything
+    m.ln_f.weight.data *= 0.01
+    path = save_ckpt(m, tmp_path / 'ckpt.pt')
+    assert run_sample(capsys, '--ckpt', path, '--prompt', 'a').out == 'a\n'
+    assert run_sample(capsys, '--ckpt', path, '--prompt', 'a', '--max_new_tokens', 2, '--ignore_eot').out == 'a' + EOT * 2 + '\n'
+    (tmp_path / 'in').write_text('{"prompt": "a"}')
+    line = json.loads(run_sample(capsys, '--ckpt', path, '--prompts', tmp_path / 'in').out)
+    assert (line['completion'], line['tokens']) == ('', 1)
+
+
+def test_prompt_from_a_file_and_from_standard_input_is_exact(ckpt, tmp_path, capsys, monkeypatch):
+    (tmp_path / 'p').write_bytes(PROMPT.encode())
+    monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(PROMPT.encode()), encoding='ascii'))
+    for args in ((), ('--prompt_file', tmp_path / 'p')):
+        assert run_sample(capsys, '--ckpt', ckpt, '--max_new_tokens', 0, *args).out == PROMPT + '\n'
+
+
+def test_sample_with_a_bpe(tmp_path, capsys):
+    rank_file = SHARED / 'tokenizers' / 'gpt2.tiktoken'
+    if not rank_file.exists():
+        pytest.skip(f'no {rank_file}')
+    shutil.copy(rank_file, tmp_path / 'tokenizer.tiktoken')
+    m = tiny(torch.float32, vocab_size=50304, n_embd=16, n_layer=1, rotary_pct=1.0)
+    path = save_ckpt(m, tmp_path / 'ckpt.pt', 'tokenizer.tiktoken')
+    state = torch.load(path)
+    state['meta'].update(tokenizer_sha256=hashlib.sha256(rank_file.read_bytes()).hexdigest(), vocab_size=50257, eot=50256)
+    torch.save(state, path)
+    text = 'def naïve(漢字, "😀"):\n\treturn “x”'
+    run_sample(capsys, '--ckpt', path, '--prompt', text, '--max_new_tokens', 20, '--html', tmp_path / 'p.html')
+    tokens = Page((tmp_path / 'p.html').read_text()).tokens
+    prompt = [(t, a['data-tip'].count('\n')) for t, a in tokens if 'prompt' in a['class']]
+    n = len(tiktoken_gpt2().encode_ordinary(text))
+    assert ''.join(t for t, _ in prompt) == text and sum(c for _, c in prompt) == n > len(prompt)
+
+
+def tiktoken_gpt2():
+    return prepare_data.load_tokenizer(str(SHARED / 'tokenizers' / 'gpt2.tiktoken'))
+
+
+@pytest.mark.parametrize('args, words', [
+    (['--prompt', ''], 'the prompt is empty: give at least one character'),
+    (['--prompt', 'x' * 65], 'the prompt has 65 tokens, more than block_size = 64: shorten it'),
+    (['--prompt', '\udcff'], 'the prompt is not UTF-8 text'),
+    (['--prompt_file', 'none'], 'none cannot be read: No such file or directory'),
+    (['--prompt_file', 'latin'], 'latin is not UTF-8 text'),
+    (['--ckpt', 'none.pt', '--prompt', 'x'], 'no checkpoint at none.pt'),
+    (['--ckpt', 'latin', '--prompt', 'x'], 'latin has no config.json'),
+    (['--ckpt', 'other.pt', '--prompt', 'x'], 'other.pt is a checkpoint of another project'),
+    (['--ckpt', 'junk.pt', '--prompt', 'x'], 'junk.pt is not a readable checkpoint'),
+    (['--ckpt', 'narrow.pt', '--prompt', 'z'], 'the prompt holds token 122, outside the vocabulary of 100: the tokenizer is not the one'),
+    (['--prompt', 'x', '--temperature', '-1'], 'temperature must be >= 0'), (['--prompt', 'x', '--temperature', 'nan'], 'temperature must be >= 0'),
+    (['--prompt', 'x', '--top_k', '0'], 'top_k at least 1'), (['--prompt', 'x', '--top_p', '1.5'], r'top_p in \(0, 1\]'),
+    (['--prompt', 'x', '--tau', '1'], r'tau must be in \[0, 1\), not 1.0'), (['--prompt', 'x', '--max_iter', '5'], 'max_iter must be 1 to n_iter = 4, not 5'),
+    (['--prompt', 'x', '--max_new_tokens', '-1'], 'max_new_tokens must be at least 0'),
+    (['--prompt', 'x', '--num_samples', '0'], 'num_samples and batch at least 1'),
+    (['--prompt', 'x', '--device', 'nonsense'], 'nonsense'),
+    (['--prompt', 'x', '--html', 'no/where.html'], 'no/where.html cannot be written: no folder no that allows it'),
+    (['--prompt', 'x', '--out', 'x'], '--out is for --prompts'), (['--prompts', 'bad', '--depth'], '--prompts writes JSON lines'),
+    (['--prompts', 'none'], 'none cannot be read'), (['--prompts', 'bad'], 'bad, line 2: not a JSON object with a string "prompt"'),
+    (['--prompts', 'empty'], 'empty, line 1: the prompt is empty'), (['--prompts', 'negative'], 'negative, line 1: not a JSON object'),
+    (['--prompts', 'surrogate'], 'surrogate, line 1: the prompt is not UTF-8'),
+    (['--prompt', 'x', '--tokenizer', 'none.json'], 'no tokenizer file none.json')])
+def test_sample_refuses_with_a_sentence(ckpt, tmp_path, capsys, monkeypatch, args, words):
+    monkeypatch.chdir(tmp_path)
+    Path('latin').write_bytes(b'caf\xe9')
+    Path('junk.pt').write_bytes(b'junk')
+    torch.save({'model': {}}, 'other.pt')
+    save_ckpt(AdaPonderLM(AdaPonderConfig(100, 32, 1, 2, 16)), Path('narrow.pt'))
+    Path('bad').write_text('{"prompt": "x"}\n["prompt"]')
+    Path('empty').write_text('{"prompt": ""}')
+    Path('negative').write_text('{"prompt": "x", "max_new_tokens": -1}')
+    Path('surrogate').write_text(r'{"prompt": "\ud800"}')
+    with pytest.raises(SystemExit) as e:
+        sample_py.main((['--ckpt', str(ckpt)] if '--ckpt' not in args else []) + args)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and re.search(words, err) and err.count('\n') == 1
+
+
+def test_sample_ends_quietly_on_a_closed_pipe_and_on_ctrl_c(ckpt):
+    runs = [subprocess.Popen([sys.executable, HERE / 'sample.py', '--ckpt', ckpt, '--prompt', 'x', '--max_new_tokens', '1000000000', '--ignore_eot'],
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, 'OMP_NUM_THREADS': '1'}) for _ in range(2)]
+    for run in runs:
+        assert len(run.stdout.read(30)) == 30
+    runs[0].stdout.close()
+    runs[1].send_signal(signal.SIGINT)
+    assert runs[0].wait(60) == -signal.SIGPIPE and runs[0].stderr.read() == b''
+    assert runs[1].wait(60) == 130 and runs[1].stderr.read() == b'\nstopped\n'
+    runs[1].stdout.close()
+
+
 # public implementations
 
 def neox(vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, block_size=64, seed=0, **kw):
@@ -395,6 +665,246 @@ def test_round_trip_through_hugging_face(tmp_path):
     assert back.cfg == m.cfg and all(torch.equal(a, b) for a, b in zip(m.state_dict().values(), back.state_dict().values()))
     again = transformers.GPTNeoXForCausalLM.from_pretrained(tmp_path / 'b')
     assert all(torch.equal(p, q) for p, q in zip(hf.state_dict().values(), again.state_dict().values()))
+
+
+def hf_tensors(hf):
+    """The state of a GPTNeoXForCausalLM under the names that are on disk, whatever transformers calls it in memory."""
+    return {n.replace('lm_head.', 'embed_out.'): t.clone() for n, t in hf.state_dict().items()}
+
+
+def write_hf(folder, tensors, form, **config):
+    """A Hugging Face folder made by hand, in one of its forms."""
+    folder.mkdir(exist_ok=True)
+    config = {**dict(model_type='gpt_neox', vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256,
+                     max_position_embeddings=64, rotary_pct=0.25, hidden_act='gelu', use_parallel_residual=True), **config}
+    (folder / 'config.json').write_text(json.dumps(config))
+    names = sorted(tensors)
+    if 'safetensors' in form:
+        save, stem, end = pytest.importorskip('safetensors.torch').save_file, 'model', 'safetensors'
+    else:
+        save, stem, end = (lambda t, f: torch.save(t, f, _use_new_zipfile_serialization='legacy' not in form)), 'pytorch_model', 'bin'
+    if 'sharded' in form:
+        shards = {f'{stem}-0000{i + 1}-of-00003.{end}': names[i::3] for i in range(3)}
+        (folder / f'{stem}.{end}.index.json').write_text(json.dumps(dict(metadata={}, weight_map={n: f for f, ns in shards.items() for n in ns})))
+    else:
+        shards = {f'{stem}.{end}': names}
+    for file, part in shards.items():
+        save({n: tensors[n].contiguous() for n in part}, folder / file)
+    return folder
+
+
+@pytest.mark.parametrize('form', ['safetensors', 'sharded safetensors', 'bin', 'legacy bin', 'sharded bin'])
+def test_every_form_of_a_folder_loads(tmp_path, form):
+    tensors = hf_tensors(neox())
+    for l in range(2):  # what old checkpoints carry besides
+        tensors[f'gpt_neox.layers.{l}.attention.bias'] = torch.ones(1, 1, 64, 64, dtype=torch.bool)
+        tensors[f'gpt_neox.layers.{l}.attention.masked_bias'] = torch.tensor(-1e9)
+        tensors[f'gpt_neox.layers.{l}.attention.rotary_emb.inv_freq'] = torch.ones(2)
+    m = AdaPonderLM.from_pretrained(write_hf(tmp_path / 'hf', tensors, form))
+    assert m.cfg.n_iter == 4 and m.cfg.halting and not m.cfg.scale_embeds and m.cfg.block_size == 64
+    assert all((torch.sigmoid(m.gates[i](torch.randn(5, 64))) > 0.5).all() and m.gates[i].fc.weight.std() > 0.01 for i in range(3))
+    own = {'embed.weight': 'gpt_neox.embed_in.weight', 'unembed.weight': 'embed_out.weight',
+           'blocks.1.attn.qkv.bias': 'gpt_neox.layers.1.attention.query_key_value.bias',
+           'blocks.0.mlp.proj.weight': 'gpt_neox.layers.0.mlp.dense_4h_to_h.weight',
+           'blocks.1.ln_2.weight': 'gpt_neox.layers.1.post_attention_layernorm.weight'}
+    assert all(torch.equal(m.state_dict()[a], tensors[b]) for a, b in own.items())
+    assert torch.equal(m(torch.arange(9)[None], max_iter=1).logits, AdaPonderLM.from_pretrained(tmp_path / 'hf', n_iter=1)(torch.arange(9)[None]).logits)
+
+
+# the head sizes of Pythia 14M and 31M; 70M, 160M and 410M; 2.8B; 1.4B, 6.9B and 12B; 1B
+@pytest.mark.parametrize('head_size, rotary_pct', [(32, 0.25), (64, 0.25), (80, 0.25), (128, 0.25), (256, 0.25), (24, 1.0)])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_heads_of_every_pythia_equal_transformers(tmp_path, head_size, rotary_pct, dtype):
+    hf = neox(hidden_size=2 * head_size, num_attention_heads=2, rotary_pct=rotary_pct).to(dtype)
+    hf.save_pretrained(tmp_path)
+    x = torch.randint(96, (2, 60), generator=torch.Generator().manual_seed(1))
+    m = AdaPonderLM.from_pretrained(tmp_path, n_iter=1, dtype=dtype)
+    with torch.no_grad():
+        got, want = m(x).logits.float(), hf(x).logits.float()
+        if dtype == torch.float32:
+            assert (got - want).abs().max() < 1e-4
+            greedy = hf.generate(x[:1, :8], attention_mask=torch.ones(1, 8), max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0)
+            assert torch.equal(m.generate(x[:1, :8], 40, temperature=0), greedy)
+        else:  # as near to the same weights in float64 as transformers is
+            exact = AdaPonderLM.from_pretrained(tmp_path, n_iter=1, dtype=torch.float64)(x).logits
+            assert (got - exact).pow(2).mean() < 1.1 * (want - exact).pow(2).mean() < 0.01 * exact.var()
+
+
+@pytest.mark.parametrize('name', ['adapter.weight', 'gpt_neox.adapter.weight'])
+def test_ponderpythia_folder_is_ponderlm(tmp_path, capsys, name):
+    """Its config.json decides everything; held against a PonderLM loop around transformers' GPTNeoX."""
+    hf = neox()
+    write_hf(tmp_path, {**hf_tensors(hf), name: torch.ones(64, 64)}, 'bin', ponderinglm=True, pondering_steps=2, scale_embeds=True)
+    m = AdaPonderLM.from_pretrained(tmp_path, halting=False)
+    assert m.cfg.n_iter == 3 and m.cfg.scale_embeds and f'ignored {name}' in capsys.readouterr().err
+    x = torch.randint(96, (2, 40))
+    V, U = hf.gpt_neox.embed_in.weight * 8.0, hf.get_output_embeddings().weight
+    with torch.no_grad():
+        E = V[x]
+        for i in range(3):
+            h = hf.gpt_neox(inputs_embeds=E).last_hidden_state
+            E = E + (h @ U.T).softmax(-1) @ V
+        assert (m(x).logits - h @ U.T).abs().max() < 1e-4
+    adaptive = AdaPonderLM.from_pretrained(tmp_path, n_iter=4)
+    assert adaptive.cfg.n_iter == 4 and len(adaptive.gates) == 3
+    write_hf(tmp_path, hf_tensors(hf), 'bin', ponderinglm=False, pondering_steps=3)
+    assert AdaPonderLM.from_pretrained(tmp_path).cfg.n_iter == 1
+
+
+def test_save_pretrained_keeps_every_bit(tmp_path, monkeypatch):
+    """In every dtype and with every setting, with and without safetensors, over what an earlier save left."""
+    transformers = pytest.importorskip('transformers')
+    for dtype, kw in ((torch.float32, {}), (torch.bfloat16, dict(n_iter=3, tau=0.01, rotary_pct=0.25, norm_eps=1e-6)),
+                      (torch.float64, dict(halting=False, rotary_base=5000.0)),
+                      (torch.float32, dict(n_iter=1, scale_embeds=False, feedback='hidden', pool='all', gate_bias=2.0))):
+        m = tiny(torch.float64, **kw).to(dtype)
+        for absent in (False, True, False):
+            with monkeypatch.context() as patch:
+                if absent:
+                    for name in ('safetensors', 'safetensors.torch'):
+                        patch.setitem(sys.modules, name, None)
+                m.embed.weight.data += 1  # the newest must win
+                m.save_pretrained(tmp_path)
+                back = AdaPonderLM.from_pretrained(tmp_path, dtype=dtype)
+                assert (tmp_path / 'pytorch_model.bin').exists() == absent == (not (tmp_path / 'model.safetensors').exists())
+                assert any((tmp_path / n).exists() for n in ('gates.bin', 'gates.safetensors')) == bool(m.gates) and not list(tmp_path.glob('*.tmp'))
+            assert back.cfg == m.cfg and list(back.state_dict()) == list(m.state_dict())
+            assert all(torch.equal(a, b) and a.dtype == b.dtype == dtype for a, b in zip(m.state_dict().values(), back.state_dict().values()))
+            hf = transformers.GPTNeoXForCausalLM.from_pretrained(tmp_path, dtype='auto')
+            assert hf.dtype == dtype and hf.config.layer_norm_eps == m.cfg.norm_eps
+            assert all(torch.equal(m.state_dict()[model_py.hf_to_ours(n)], t) for n, t in hf.state_dict().items())
+        if dtype == torch.float32 and not m.cfg.scale_embeds:
+            with torch.no_grad():
+                x = torch.randint(61, (1, 30))
+                assert (m(x).logits - hf(x).logits).abs().max() < 1e-4
+
+
+def test_a_failed_save_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
+    torch_save = pytest.importorskip('safetensors.torch')
+    m = tiny(torch.float32)
+    m.save_pretrained(tmp_path)
+    before = {k: v.clone() for k, v in m.state_dict().items()}
+    save_file = torch_save.save_file
+    monkeypatch.setattr(torch_save, 'save_file', lambda tensors, file, **kw: save_file(tensors, file, **kw) if 'gates' not in file else 1 / 0)
+    m.embed.weight.data += 1
+    with pytest.raises(ZeroDivisionError):
+        m.save_pretrained(tmp_path)
+    back = AdaPonderLM.from_pretrained(tmp_path)
+    assert all(torch.equal(v, back.state_dict()[k]) for k, v in before.items())
+
+
+@pytest.mark.parametrize('change, words', [
+    (dict(model_type='llama'), "model_type 'llama': only GPT-NeoX"), (dict(model_type='llama', ponderinglm=True), "model_type 'llama'"),
+    (dict(use_parallel_residual=False), 'use_parallel_residual = False, and this model can only be True'),
+    (dict(hidden_act='gelu_new'), "hidden_act = 'gelu_new'"),
+    (dict(rope_scaling=dict(type='linear', factor=2.0)), 'rope scaling .*linear'),
+    (dict(rope_parameters=dict(rope_type='yarn', rope_theta=1e4)), 'rope scaling .*yarn'),
+    (dict(intermediate_size=128), 'intermediate_size = 128'), (dict(tie_word_embeddings=True), 'tie_word_embeddings = True'),
+    (dict(attention_bias=False), 'attention_bias = False'),
+    (dict(quantization_config=dict(bits=4)), 'quantization_config'), (dict(num_attention_heads=5), 'must be divisible by n_head'),
+    (dict(hidden_size='64'), 'intermediate_size|n_embd'),
+    (dict(adaponder=dict(later=1)), "unexpected keyword argument 'later'")])
+def test_settings_that_the_model_cannot_represent_are_refused_by_name(tmp_path, change, words):
+    write_hf(tmp_path, {}, 'bin', **change)
+    with pytest.raises(ValueError, match=words) as e:
+        AdaPonderLM.from_pretrained(tmp_path)
+    assert 'config.json' in str(e.value) or 'n_head' in words
+
+
+def test_tensors_that_do_not_fit_are_named(tmp_path):
+    tensors = hf_tensors(neox())
+    bias = 'gpt_neox.layers.1.attention.query_key_value.bias'
+    for n, (change, words) in enumerate([
+            ({bias: None}, 'lacks the tensor ' + bias), ({'gpt_neox.layers.2.mlp.dense_h_to_4h.bias': torch.zeros(3)}, r'layers\.2.* has no place in this model'),
+            ({'lora.weight': torch.zeros(3)}, 'tensor lora.weight has no place'), ({bias: torch.zeros(5)}, bias + r' is torch.float32 \(5,\), this model needs floats \(192,\)'),
+            ({'embed_out.weight': torch.zeros(128, 64)}, r'embed_out.weight is torch.float32 \(128, 64\)'), ({bias: torch.zeros(192, dtype=torch.int8)}, bias + ' is torch.int8')]):
+        changed = {k: v for k, v in {**tensors, **change}.items() if v is not None}
+        with pytest.raises(ValueError, match=words):
+            AdaPonderLM.from_pretrained(write_hf(tmp_path / str(n), changed, 'bin'))
+    with pytest.raises(ValueError, match='layers.0.input_layernorm.weight, .* and 21 more'):
+        AdaPonderLM.from_pretrained(write_hf(tmp_path / 'few', {k: v for k, v in tensors.items() if '.layers.' not in k}, 'bin'))
+
+    def refused(kind, words, folder=tmp_path / 'x', **kw):
+        with pytest.raises(kind, match=words):
+            AdaPonderLM.from_pretrained(folder, **kw)
+    write_hf(tmp_path / 'x', tensors, 'bin')
+    refused(ValueError, "unexpected keyword argument 'n_iters'", n_iters=3)
+    torch.save(dict(model=tensors), tmp_path / 'x' / 'pytorch_model.bin')
+    refused(ValueError, 'pytorch_model.bin is not a plain dict of tensors')
+    torch.save(tiny, tmp_path / 'x' / 'pytorch_model.bin')  # a pickled function: not loaded, let alone called
+    refused(ValueError, 'pytorch_model.bin is not a readable weights file')
+    (tmp_path / 'x' / 'pytorch_model.bin').unlink()
+    refused(FileNotFoundError, 'has neither model.safetensors nor pytorch_model.bin')
+    (tmp_path / 'x' / 'model.safetensors').write_bytes(b'junk')
+    refused(ValueError, 'model.safetensors is not a readable safetensors file')
+    (tmp_path / 'x' / 'config.json').write_text('{')
+    refused(ValueError, 'config.json is not JSON')
+    (tmp_path / 'x' / 'config.json').unlink()
+    refused(FileNotFoundError, 'has no config.json')
+    refused(FileNotFoundError, 'no folder', tmp_path / 'nowhere')
+    write_hf(tmp_path / 'x', tensors, 'sharded bin')
+    (tmp_path / 'x' / 'model.safetensors').unlink()
+    (tmp_path / 'x' / 'pytorch_model-00002-of-00003.bin').unlink()
+    refused(FileNotFoundError, 'the shard .*00002-of-00003.bin is missing')
+
+
+def test_gates_that_do_not_fit_are_named(tmp_path):
+    m = tiny(torch.float32)
+    m.save_pretrained(tmp_path)
+    more = AdaPonderLM.from_pretrained(tmp_path, n_iter=6)  # gates of the folder are kept, new ones start open
+    assert torch.equal(more.gates[2].proj.weight, m.gates[2].proj.weight) and not more.gates[3].proj.weight.any() and (more.gates[4].proj.bias == 4).all()
+    assert not AdaPonderLM.from_pretrained(tmp_path, halting=False).gates
+    with pytest.raises(ValueError, match='tensor gates.1.fc.bias has no place'):
+        AdaPonderLM.from_pretrained(tmp_path, n_iter=2)
+    safetensors = pytest.importorskip('safetensors.torch')
+    gates = safetensors.load_file(tmp_path / 'gates.safetensors')
+    del gates['gates.1.proj.weight']
+    safetensors.save_file(gates, tmp_path / 'gates.safetensors')
+    with pytest.raises(ValueError, match='lacks the tensor gates.1.proj.weight'):
+        AdaPonderLM.from_pretrained(tmp_path)
+
+
+def test_hub_names(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
+    with pytest.raises(FileNotFoundError, match='no folder some/pythia; if it is a hub name, pip install huggingface_hub, or get the folder with "hf download'):
+        AdaPonderLM.from_pretrained('some/pythia')
+    hub, asked = types.ModuleType('huggingface_hub'), []
+    monkeypatch.setitem(sys.modules, 'huggingface_hub', hub)
+    folder = write_hf(tmp_path / 'snapshot', {}, 'bin')
+
+    def snapshot_download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        if '*.bin' in allow_patterns:
+            write_hf(folder, hf_tensors(neox()), 'bin')
+        elif len(asked) == 1:
+            (folder / 'pytorch_model.bin').unlink()
+        return str(folder)
+    hub.snapshot_download = snapshot_download
+    assert AdaPonderLM.from_pretrained('some/pythia').cfg.n_embd == 64
+    assert [n for n, _ in asked] == ['some/pythia'] * 2 and '*.bin' not in asked[0][1]  # .bin only where there is no safetensors
+
+    def offline(name, allow_patterns):
+        raise ConnectionError('a long story')
+    hub.snapshot_download = offline
+    with pytest.raises(FileNotFoundError, match=r'the hub did not give it \(ConnectionError\): get the folder with "hf download some/pythia --local-dir DIR"'):
+        AdaPonderLM.from_pretrained('some/pythia')
+
+
+def test_sampling_a_pythia_folder_with_its_tokenizer(tmp_path, capsys):
+    """`sample.py --ckpt FOLDER` of a vanilla model is transformers' greedy continuation."""
+    spec = SHARED / 'tokenizers' / 'neox20b_tokenizer.json'
+    tokenizers = pytest.importorskip('tokenizers')
+    if not spec.exists():
+        pytest.skip(f'no {spec}')
+    hf = neox(vocab_size=50304, hidden_size=32)
+    hf.save_pretrained(tmp_path)
+    shutil.copy(spec, tmp_path / 'tokenizer.json')
+    theirs = tokenizers.Tokenizer.from_file(str(spec))
+    text = 'The   naïve “pile” 漢'
+    ids = torch.tensor([theirs.encode(text).ids])
+    want = hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)[0]
+    got = run_sample(capsys, '--ckpt', tmp_path, '--prompt', text, '--max_new_tokens', 20, '--temperature', 0, '--ignore_eot')
+    assert got.out == theirs.decode(want.tolist(), skip_special_tokens=False) + '\n' and 'mean depth 1.00 of 1' in got.err
 
 
 # prepare_data.py

@@ -310,7 +310,7 @@ class AdaPonderLM(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.remat = False  # training: recompute each iteration's backbone in backward, memory of one instead of n_iter
-        self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)
+        self.embed = nn.Embedding.from_pretrained(torch.empty(cfg.vocab_size, cfg.n_embd), freeze=False)  # filled below
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.ln_f = nn.LayerNorm(cfg.n_embd, eps=cfg.norm_eps)
         self.unembed = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
@@ -324,6 +324,8 @@ class AdaPonderLM(nn.Module):
 
         prefix: only the parameters whose names begin so, as after loading a backbone that had no gates.
         """
+        if self.embed.weight.is_meta:
+            return  # nothing to fill, and for random numbers on this device torch imports its compiler: two seconds of every start
         std = math.sqrt(2 / (5 * self.cfg.n_embd))
         damp = math.sqrt(2 * self.cfg.n_layer * self.cfg.n_iter)
         for name, p in self.named_parameters():

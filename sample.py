@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from model import AdaPonderLM, Step, find_pretrained, load_checkpoint
+from model import AdaPonderLM, Step, find_pretrained, load_checkpoint, read_json
 from prepare_data import load_tokenizer
 
 # Backgrounds of depth 1 .. n_iter, (r, g, b): text on them is black, or white where the page is dark
@@ -181,6 +181,8 @@ def load(a):
     try:
         path = Path(a.ckpt)
         path = path / 'ckpt.pt' if (path / 'ckpt.pt').is_file() else path
+        if path.is_dir() and not (path / 'config.json').is_file():
+            fail(f"{path} holds neither train.py's ckpt.pt nor Hugging Face's config.json")
         if path.suffix == '.pt':
             state = load_checkpoint(path)
             model, meta, folder = AdaPonderLM.from_state(state), state['meta'], path.parent
@@ -188,7 +190,7 @@ def load(a):
         else:
             path = find_pretrained(a.ckpt)
             folder = path if path.is_dir() else path.parent
-            vanilla = 'ponderinglm' not in json.loads((folder / 'config.json').read_text())
+            vanilla = 'ponderinglm' not in read_json(folder / 'config.json')
             model = AdaPonderLM.from_pretrained(path, n_iter=1 if vanilla else None, dtype=getattr(torch, a.dtype))
             enc = load_tokenizer(a.tokenizer or folder / 'tokenizer.json')
         model = model.to(a.device, getattr(torch, a.dtype)).eval()
@@ -224,7 +226,7 @@ def read_text(path):
 
 
 def run_batch(a, model, enc, stop):
-    """JSON lines in, JSON lines out, in the order of the input, each written as soon as all before it are done. Returns (prompt length, Steps) of each."""
+    """JSON lines in, JSON lines out, in the order of the input, each written as soon as all before it are done. Returns (prompt length, Steps) of each, and seconds."""
     jobs, prompts = [], []
     for n, line in enumerate(read_text(a.prompts).split('\n'), 1):
         if line.strip():
@@ -239,7 +241,7 @@ def run_batch(a, model, enc, stop):
     budget = [job.get('max_new_tokens', a.max_new_tokens) for job in jobs]
     rngs = [torch.Generator().manual_seed(a.seed + n) for n in range(len(jobs))]
     stream = model.stream(prompts, budget, a.temperature, a.top_k, a.top_p, rngs, a.tau, a.max_iter, slots=a.batch, stop_token=stop)
-    made, ended = [[] for _ in jobs], [n == 0 for n in budget]
+    made, ended, start = [[] for _ in jobs], [n == 0 for n in budget], time.perf_counter()
     out = open(f'{a.out}.tmp', 'w', encoding='utf-8', errors='backslashreplace') if a.out else sys.stdout
     with tqdm(total=len(jobs), initial=sum(ended), unit='prompt', dynamic_ncols=True) as bar:
         for job, steps, n in zip(jobs, made, range(len(jobs))):
@@ -256,16 +258,16 @@ def run_batch(a, model, enc, stop):
     if a.out:
         out.close()
         os.replace(f'{a.out}.tmp', a.out)
-    return [(len(p), steps) for p, steps in zip(prompts, made)]
+    return [(len(p), steps) for p, steps in zip(prompts, made)], time.perf_counter() - start
 
 
 def run_samples(a, model, enc, stop):
-    """Print a.num_samples continuations of one prompt as they are made. Returns (prompt length, Steps) of each, and the prompt's Steps."""
+    """Print a.num_samples continuations of one prompt as they are made. Returns (prompt length, Steps) of each, seconds, and the prompt's Steps."""
     if a.prompt is None and not a.prompt_file and sys.stdin.isatty():
         print('Type a text to continue, then Ctrl-D on a line of its own.', file=sys.stderr)
     text = a.prompt if a.prompt is not None else read_text(a.prompt_file)
     tokens, K = encode(model, enc, text), model.cfg.n_iter
-    prompt = read(model, tokens, a.tau, a.max_iter)
+    start, prompt = time.perf_counter(), read(model, tokens, a.tau, a.max_iter)
     if a.depth:
         print('iterations ' + ''.join(paint(f' {d} ', d, K) for d in range(1, K + 1)) + ', the prompt is ' + paint('bold', None, K, True) + '\n')
     runs = []
@@ -290,7 +292,7 @@ def run_samples(a, model, enc, stop):
             print(visible(text) if sys.stdout.isatty() and not a.depth else text, end='', flush=True)
         runs.append((len(tokens), made))
     print()
-    return runs, prompt
+    return runs, time.perf_counter() - start, prompt
 
 
 def main(argv=None):
@@ -335,13 +337,12 @@ def main(argv=None):
         sys.stdout.reconfigure(encoding='utf-8', errors='backslashreplace')  # whatever the locale: text is UTF-8 here
 
     model, enc, eot = load(a)
-    stop, start = None if a.ignore_eot else eot, time.perf_counter()
-    runs, prompt = (run_batch(a, model, enc, stop), None) if a.prompts else run_samples(a, model, enc, stop)
-    line = summary(model, runs, time.perf_counter() - start, a.max_iter)
+    runs, seconds, *prompt = (run_batch if a.prompts else run_samples)(a, model, enc, None if a.ignore_eot else eot)
+    line = summary(model, runs, seconds, a.max_iter)
     print(line, file=sys.stderr)
     if a.html:
         settings = ''.join(f', {k} {v}' for k in ('seed', 'temperature', 'top_k', 'top_p', 'tau', 'max_iter') if (v := getattr(a, k)) is not None)
-        write_html(a.html, f'AdaPonderLM, {a.ckpt}', line + settings, [prompt + steps for _, steps in runs], enc, model.cfg.n_iter)
+        write_html(a.html, f'AdaPonderLM, {a.ckpt}', line + settings, [prompt[0] + steps for _, steps in runs], enc, model.cfg.n_iter)
         print(f'wrote {a.html}', file=sys.stderr)
 
 

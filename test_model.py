@@ -570,6 +570,7 @@ def tiktoken_gpt2():
     (['--prompt_file', 'latin'], 'latin is not UTF-8 text'),
     (['--ckpt', 'none.pt', '--prompt', 'x'], 'no checkpoint at none.pt'),
     (['--ckpt', 'latin', '--prompt', 'x'], 'latin has no config.json'),
+    (['--ckpt', '.', '--prompt', 'x'], "holds neither train.py's ckpt.pt nor Hugging Face's config.json"),
     (['--ckpt', 'other.pt', '--prompt', 'x'], 'other.pt is a checkpoint of another project'),
     (['--ckpt', 'junk.pt', '--prompt', 'x'], 'junk.pt is not a readable checkpoint'),
     (['--ckpt', 'narrow.pt', '--prompt', 'z'], 'the prompt holds token 122, outside the vocabulary of 100: the tokenizer is not the one'),

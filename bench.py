@@ -388,11 +388,12 @@ def ppl(a):
     jobs = [(name, a.ckpt)] + [(n, p) for n, p in (('vanilla', a.vanilla), ('vanilla longer', a.vanilla_longer), ('fixed', a.fixed)) if p]
     full = float(costs(replace(model.cfg, halting=False), x.size(1) - 1)[:, -1].mean())  # fixed depth has no gates to pay for
     runs = {}
-    for name, path in jobs:
+    for n, (name, path) in enumerate(jobs):
         m, st = (model, state) if path == a.ckpt else load(path, a)
         if (m.cfg.vocab_size, m.cfg.block_size) != (model.cfg.vocab_size, model.cfg.block_size):
             fail(f'{path} has another vocabulary or block_size than {a.ckpt}: they cannot be compared')
-        runs[name] = curves_of(m, x, calib, a, wanted if m.cfg.halting else [k for k in wanted if k not in ('learned', 'random')], full)
+        kinds = wanted if m.cfg.halting else [k for k in wanted if k not in ('learned', 'random')]  # these need gates
+        runs[name] = curves_of(m, x, calib, a, [k for k in kinds if n == 0 or k in ('confidence', 'convergence')], full)
         t = st.get('train_config')
         if t:
             tokens = st['step'] * t['batch_size'] * t['gradient_accumulation_steps'] * t['block_size']
@@ -441,6 +442,127 @@ def ppl(a):
     report(a, **result)
 
 
+# results: the JSON files of ppl, several seeds of several settings
+
+def read_json(path, command):
+    try:
+        result = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as e:
+        fail(f'{path} cannot be read as JSON ({e})')
+    if not isinstance(result, dict) or result.get('command') != command:
+        fail(f'{path} was not written by bench.py {command} --json')
+    return result
+
+
+def mean_of(values):
+    """Mean, standard deviation over runs (None of a single one) and number of runs; None where a run lacks the value."""
+    values = [v for v in values if v is not None]
+    return dict(mean=float(np.mean(values)), sd=float(np.std(values, ddof=1)) if len(values) > 1 else None, n=len(values)) if values else None
+
+
+def summary(results):
+    """One setting over its seeds: mean and spread of every row that all seeds have."""
+    keys = [tuple((r['model'], r['policy'], r['dial']) for r in res['rows']) for res in results]
+    rows = []
+    for key in keys[0]:
+        if all(key in k for k in keys):
+            same = [res['rows'][k.index(key)] for res, k in zip(results, keys)]
+            fields = ('flops', 'saved', 'depth', 'nll', 'ppl', 'over_learned', 'retained')
+            rows.append(dict(zip(('model', 'policy', 'dial'), key), **{f: mean_of([r.get(f) for r in same]) for f in fields}))
+    mine = [res['runs']['adaptive'] for res in results if 'by_depth' in res['runs'].get('adaptive', {})]
+    depths = [[run['by_depth'][d] for run in mine] for d in range(len(mine[0]['by_depth']))] if mine else []
+    return dict(seeds=[res['train_config'].get('seed') for res in results], data=results[0]['data'], n_iter=results[0]['config']['n_iter'], tokens=results[0]['tokens'], rows=rows,
+                train_flops={m: run.get('train_flops') for m, run in results[0]['runs'].items()}, spearman=mean_of([run['spearman'][0] for run in mine]),
+                by_depth=[dict(depth=d + 1, **{f: mean_of([r.get(f) for r in same]) for f in ('share', 'nll', 'nobody_halts', 'first_iteration')}) for d, same in enumerate(depths)])
+
+
+def shown(m, form='{:.3f}'):
+    """mean ± sd"""
+    return '' if m is None else form.format(m['mean']) + ('' if m['sd'] is None else ' ± ' + form.replace('+', '').format(m['sd']))
+
+
+def markdown(header, rows):
+    return '\n'.join('| ' + ' | '.join(r) + ' |' for r in [header, ['---'] * len(header)] + rows) + '\n'
+
+
+def results(a):
+    """Mean and spread over the seeds of each setting, from JSON files of ppl: results.json, results.md and two pictures."""
+    groups = {}
+    for path in a.files:
+        result = read_json(path, 'ppl')
+        groups.setdefault(result['group'], []).append(result)
+    groups = {name: summary(runs) for name, runs in groups.items()}
+
+    def find(g, model, policy, dial):
+        return next((r for r in g['rows'] if (r['model'], r['policy'], r['dial']) == (model, policy, dial)), {})
+    head, lines, dials, by = [], [], [], []
+    for name, g in groups.items():
+        full = f'max_iter {g["n_iter"]}'
+        own, best = (find(g, 'adaptive', p, 'own') for p in ('learned', 'oracle'))
+        head.append([name, str(len(g['seeds'])), *(shown(find(g, m, 'fixed depth', d).get('ppl')) for m, d in (('vanilla', 'max_iter 1'), ('vanilla longer', 'max_iter 1'), ('fixed', full))),
+                     shown(own.get('ppl')), shown(own.get('saved'), '{:.1%}'), shown(own.get('retained'), '{:.1%}'), shown(g['spearman']), shown(best.get('over_learned'), '{:+.4f}')])
+        for dial in dict.fromkeys(r['dial'] for r in g['rows'] if r['policy'] != 'fixed depth'):
+            r = find(g, 'adaptive', 'learned', dial)
+            others = [find(g, 'adaptive', p, dial) for p in ('random', 'uniform', 'geometric', 'confidence', 'convergence')] + [find(g, 'fixed', p, dial) for p in ('confidence', 'convergence')]
+            if r:
+                dials.append([name, 'own tau' if dial == 'own' else f'save {dial:.0%}', shown(r['saved'], '{:.1%}'), shown(r['nll'], '{:.4f}'), shown(r['retained'], '{:.1%}'),
+                              *(shown(o.get('over_learned'), '{:+.4f}') for o in others)])
+        by += [[name, str(r['depth']), shown(r['share'], '{:.1%}'), *(shown(r[f]) for f in ('nll', 'nobody_halts', 'first_iteration'))] for r in g['by_depth']]
+    text = (f'Mean ± standard deviation over seeds; perplexity a token, NLL in nats; "saved" is against fixed depth without gates.\n\n'
+            + markdown(['setting', 'seeds', 'n_iter=1', 'n_iter=1, longer', 'fixed depth', 'adaptive', 'FLOPs saved', 'gain kept', 'rank correlation', 'oracle'], head)
+            + '\nNLL over that of the learned gates at the same FLOPs, by policy:\n\n'
+            + markdown(['setting', 'dial', 'saved', 'learned', 'gain kept', 'random', 'uniform', 'geometric', 'confidence', 'convergence', 'confidence on fixed depth', 'convergence on fixed depth'], dials)
+            + '\nTokens by the depth at which they halt:\n\n' + markdown(['setting', 'depth', 'share', 'NLL', 'NLL if nobody halts', 'NLL after iteration 1'], by))
+    print(text)
+    write(Path(a.out) / 'results.md', text)
+    write(Path(a.out) / 'results.json', json.dumps(groups, indent=1))
+    print(f'wrote {Path(a.out) / "results.md"} and results.json')
+    plt = pyplot()
+    if plt:
+        save_figure(iso_flops(plt, groups), Path(a.out) / 'isoflops.png')
+        save_figure(nll_by_depth(plt, groups), Path(a.out) / 'nll_by_depth.png')
+        plt.close('all')
+    report(a, groups=groups)
+
+
+def iso_flops(plt, groups):
+    """NLL against the share of fixed depth's FLOPs saved, a panel a setting. Bars: standard deviation over seeds, of the difference to the learned gates."""
+    fig, axes = plt.subplots(1, len(groups), figsize=(5.5 * len(groups), 4.2), squeeze=False)
+    for ax, (name, g) in zip(axes[0], groups.items()):
+        series = {}
+        for r in g['rows']:
+            if r['policy'] != 'fixed depth' and r['dial'] != 'own':
+                series.setdefault((r['model'], r['policy']), []).append((r['saved']['mean'], r['nll']['mean'], ((r['over_learned'] or {}).get('sd') or 0)))
+            elif r['model'] in ('fixed', 'vanilla') and r['dial'] == f'max_iter {g["n_iter"] if r["model"] == "fixed" else 1}':
+                ax.axhline(r['nll']['mean'], color='grey', lw=1, ls=':' if r['model'] == 'vanilla' else '--')
+                ax.annotate('n_iter=1' if r['model'] == 'vanilla' else f'fixed depth {g["n_iter"]}', (0.01, r['nll']['mean']), xycoords=('axes fraction', 'data'), fontsize=7, va='bottom', color='grey')
+        colours = {p: f'C{n}' for n, p in enumerate(('random', 'uniform', 'geometric', 'confidence', 'convergence', 'oracle'))}
+        for (model, policy), points in series.items():
+            x, y, e = zip(*sorted(points))
+            ax.errorbar([100 * v for v in x], y, e, label=policy + (' on fixed depth' if model == 'fixed' else ''), color=colours.get(policy, 'black'), lw=2.2 if policy == 'learned' else 1.1,
+                        marker='o' if model == 'adaptive' else 'x', ms=4, ls='-' if model == 'adaptive' else ':', capsize=2)
+        for r in g['rows']:
+            if (r['model'], r['policy'], r['dial']) == ('adaptive', 'learned', 'own'):
+                ax.plot(100 * r['saved']['mean'], r['nll']['mean'], '*', color='black', ms=13, label='trained tau')
+        ax.set(title=name, xlabel=f'inference FLOPs saved against fixed depth {g["n_iter"]}, %', ylabel='validation NLL, nats a token')
+        ax.title.set_fontsize(9)
+    axes[0, -1].legend(fontsize=7, loc='upper left', bbox_to_anchor=(1.01, 1))
+    return fig
+
+
+def nll_by_depth(plt, groups):
+    """Mean NLL of the tokens that halted at each depth; the width of a bar is their share."""
+    fig, axes = plt.subplots(1, len(groups), figsize=(4 * len(groups), 3.4), squeeze=False)
+    for ax, (name, g) in zip(axes[0], groups.items()):
+        for r in g['by_depth']:
+            if r['nll']:
+                ax.bar(r['depth'], r['nll']['mean'], 0.1 + 0.8 * r['share']['mean'], yerr=r['nll']['sd'] or 0, color='C0', capsize=3)
+                ax.annotate(f'{r["share"]["mean"]:.0%}', (r['depth'], 0), ha='center', va='bottom', fontsize=8, color='white')
+        ax.set(title=name, xlabel='depth, iterations', ylabel='NLL, nats a token', xticks=range(1, g['n_iter'] + 1))
+        ax.title.set_fontsize(9)
+    return fig
+
+
 def number(text):
     try:
         return float(text)
@@ -474,6 +596,10 @@ def main():
     c.add_argument('--calib_tokens', type=int, default=16384, help='others of it, to set thresholds on')
     c.add_argument('--batch_size', type=int, default=16)
     c.add_argument('--group', help='what runs with other seeds share; results takes their mean')
+
+    c = command(results, device=False)
+    c.add_argument('files', nargs='+', help='JSON files of bench.py ppl')
+    c.add_argument('--out', default='assets')
 
     a = p.parse_args()
     try:

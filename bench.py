@@ -12,8 +12,11 @@ import math
 import os
 import platform
 import sys
+import tempfile
+import time
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import AdaPonderLM, load_checkpoint
-from train import Windows
+from model import AdaPonderConfig, AdaPonderLM, load_checkpoint
+from train import Windows, load_config
 
 
 def fail(message):
@@ -563,6 +566,222 @@ def nll_by_depth(plt, groups):
     return fig
 
 
+# flops and speed, of a checkpoint or of the shape in a config file with random weights
+
+def shape_of(path):
+    """The AdaPonderConfig and the TrainConfig of a config file."""
+    t = load_config([path])
+    meta = Path(t.data_dir) / 'meta.json'
+    if not t.vocab_size and not meta.is_file():
+        fail(f"{path} takes vocab_size from its data, and {t.data_dir} has none: prepare the data, or set vocab_size in the config")
+    own = {f.name: getattr(t, f.name) for f in fields(AdaPonderConfig) if hasattr(t, f.name)}
+    return AdaPonderConfig(**{**own, 'vocab_size': t.vocab_size or -(-json.loads(meta.read_text())['vocab_size'] // 64) * 64}), t
+
+
+def model_of(a, path):
+    """The model of a checkpoint, or one with random weights in the shape of a config file."""
+    if not path.endswith('.py'):
+        return load(path, a)[0]
+    torch.manual_seed(a.seed)
+    return AdaPonderLM(shape_of(path)[0]).to(a.device).eval().requires_grad_(False)
+
+
+def twin(model, **change):
+    """The same weights under another config: fixed depth, one iteration."""
+    with torch.device('meta'):
+        other = AdaPonderLM(replace(model.cfg, **change))
+    own = model.state_dict()
+    other.load_state_dict({k: own[k] for k in other.state_dict()}, assign=True)
+    return other.eval().requires_grad_(False)
+
+
+def forced(share, K):
+    """A policy under which this share of the (token, iteration 2 .. K) pairs does not run, whatever the weights: every gate halts the same fraction.
+
+    Depths are spread by the golden ratio, so that any run of positions comes near the share; rows start at unrelated places.
+    """
+    q = bisect(lambda q: sum((1 - q) ** i for i in range(1, K)), (1 - share) * (K - 1), 0.0, 1.0) if share else 0.0
+    return lambda i, s, h, row, pos: (coin(row, 0 * pos) + pos * ((math.sqrt(5) - 1) / 2)) % 1 < (1 - q) ** (i + 1)
+
+
+@torch.inference_mode()
+def count(model, tokens, share):
+    """FLOPs that FlopCounterMode sees in a packed pass over one sequence, and those of the formula: (matrix products, attention) twice, and the depths."""
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+    fused = [0]  # on the CPU softmax(h U^T) V is an attention over the vocabulary: matrix products all the same
+
+    def sdpa(q, k, v, *rest, out_shape=None, **kw):
+        fused[0] += sdpa_flop_count(q, k, v) if k[-2] == model.cfg.vocab_size else 0
+        return sdpa_flop_count(q, k, v)
+    x = torch.randint(model.cfg.vocab_size, (1, tokens), device=model.embed.weight.device)
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa}) as counter:
+        out = model(x, execution='packed', policy=forced(share, model.cfg.n_iter))
+        out.logits
+    seen = counter.get_flop_counts()['Global']
+    attention = sum(n for op, n in seen.items() if 'scaled_dot_product' in str(op) or 'bmm' in str(op)) - fused[0]
+    context = torch.arange(1, tokens + 1, device=x.device)
+    total = float(model.cfg.inference_flops(out.depth, context).sum())
+    by_formula = float((out.depth * model.cfg.flops(context)['attention']).sum())
+    return (sum(seen.values()) - attention, attention), (total - by_formula, by_formula), out.depth
+
+
+def flops(a):
+    """Parameters and forward FLOPs a token by part and depth, by formula and as FlopCounterMode counts them on a pass that runs."""
+    result = []
+    for path in a.config + a.ckpt:
+        cfg = shape_of(path)[0] if path.endswith('.py') else load(path, a)[0].cfg
+        with torch.device('meta'):
+            params = {n: p.numel() for n, p in AdaPonderLM(cfg).named_parameters()}
+        T = a.context or cfg.block_size
+        f, context = cfg.flops((T + 1) / 2), (T + 1) / 2
+        vanilla = replace(cfg, n_iter=1).inference_flops(1, context)
+        gates, tables = (sum(n for k, n in params.items() if k.startswith(p)) for p in ('gates', ('embed', 'unembed')))
+        print(f'{path}: {sum(params.values()):,} parameters ({tables:,} in the two embedding tables, {gates:,} in gates), {cfg.n_layer} layers, width {cfg.n_embd}, '
+              f'vocabulary {cfg.vocab_size}, K = {cfg.n_iter}; a token of a causal pass over {T} tokens, MFLOPs')
+        rows = []
+        for d in range(1, cfg.n_iter + 1):
+            parts = dict(linear=d * f['linear'], attention=d * f['attention'], unembed=f['unembed'], ponder=(d - 1) * f['ponder'], gates=(d - (d == cfg.n_iter)) * f['gate'])
+            rows.append(dict(depth=d, **parts, total=float(cfg.inference_flops(d, context)), x_vanilla=float(cfg.inference_flops(d, context) / vanilla)))
+            assert abs(sum(parts.values()) / rows[-1]['total'] - 1) < 1e-9
+        table(list(rows[0])[:-1] + ['x vanilla'], [[r['depth'], *(f'{r[k] / 1e6:.2f}' for k in list(r)[1:-1]), f'{r["x_vanilla"]:.3f}'] for r in rows])
+        counted = None
+        if sum(params.values()) <= a.count_below:
+            n = min(a.count_tokens, cfg.block_size)
+            (mm, at), (mm_f, at_f), depth = count(model_of(a, path), n, 0.5)
+            counted = dict(tokens=n, mean_depth=float(depth.double().mean()), products=mm, products_formula=mm_f, attention=at, attention_formula=at_f)
+            print(f'counted on a packed pass over {n} tokens, mean depth {counted["mean_depth"]:.2f}: matrix products {mm / 1e6:.2f} M, {mm / mm_f:.4f} x formula; '
+                  f'attention {at / 1e6:.2f} M, {at / at_f:.2f} x (kernels also count the keys that they mask)\n')
+        else:
+            print(f'not counted: more than --count_below {a.count_below:,} parameters\n')
+        result.append(dict(path=path, config=asdict(cfg), parameters=sum(params.values()), context=context, depths=rows, counted=counted))
+    report(a, configs=result)
+
+
+def sync(device):
+    if torch.device(device).type == 'cuda':
+        torch.cuda.synchronize()
+
+
+@torch.inference_mode()
+def time_prefill(model, x, **kw):
+    """Seconds, tokens, FLOPs and halted share of a pass over prompts x (B, T), with the logits of their last tokens."""
+    sync(x.device)
+    t = time.perf_counter()
+    out = model(x, **kw)
+    model.unembed(out.hidden[:, -1])
+    sync(x.device)
+    t = time.perf_counter() - t
+    cfg, context = model.cfg, torch.arange(1, x.size(1) + 1, device=x.device)
+    spend = float((cfg.inference_flops(out.depth, context) - cfg.flops(0)['unembed']).sum()) + len(x) * cfg.flops(0)['unembed']
+    return t, x.numel(), spend, halted_share(float(out.depth.double().mean()), cfg.n_iter)
+
+
+def halted_share(depth, K):
+    return (K - depth) / max(1, K - 1)
+
+
+def time_decode(model, prompts, n, policy=None):
+    """The same of n tokens a prompt, all slots busy: from when every prompt is in until so many tokens are out, whichever slot made them."""
+    seen, spend, depths = [len(p) for p in prompts], 0.0, 0
+    steps = model.stream(prompts, n + n // 2 + 8, temperature=0, policy=policy, slots=len(prompts))
+    for step in islice(steps, len(prompts)):
+        seen[step.seq] += 1
+    sync(model.embed.weight.device)
+    t = time.perf_counter()
+    steps_made = list(islice(steps, n * len(prompts)))
+    sync(model.embed.weight.device)
+    t = time.perf_counter() - t
+    steps.close()
+    for step in steps_made:
+        spend += model.cfg.inference_flops(step.depth, seen[step.seq])
+        depths += step.depth
+        seen[step.seq] += 1
+    return t, len(steps_made), spend, halted_share(depths / len(steps_made), model.cfg.n_iter)
+
+
+def race(case, variants, rounds):
+    """Run the variants in turn, A B C A B C ..., after a warm-up each. Rows with median and quartiles of the time a token and of the ratio to the first in each round."""
+    runs = {name: [] for name in variants}
+    for r in range(rounds + 1):
+        for name, fn in variants.items():
+            out = fn()
+            if r:
+                runs[name].append(out)
+    rows, first = [], next(iter(runs.values()))
+    for name, mine in runs.items():
+        per = [1e3 * t / n for t, n, *_ in mine]
+        ratio = [(t / n) / (t0 / n0) for (t, n, *_), (t0, n0, *_) in zip(mine, first)]
+        spend = [f / n if f else None for _, n, f, _ in (mine[0], first[0])]
+        quart = lambda v: [float(q) for q in np.percentile(v, (25, 50, 75))]  # noqa: E731
+        rows.append(dict(case=case, variant=name, halted=mine[0][3], ms_per_token=quart(per), time_ratio=quart(ratio), flop_ratio=spend[0] / spend[1] if all(spend) else None))
+    return rows
+
+
+def speed(a):
+    """What the clock says: fixed depth against adaptive on the same weights, beside the ratio of their FLOPs, with a forced share of halting."""
+    torch.set_num_threads(a.threads or torch.get_num_threads())
+    model = model_of(a, a.ckpt or a.config).to(getattr(torch, a.dtype))
+    K, cfg = model.cfg.n_iter, model.cfg
+    longest = a.prompt + a.new + a.new // 2 + 8
+    if K == 1 or max(longest, a.prefill) > cfg.block_size:
+        fail(f'speed needs n_iter > 1 and a block_size of at least {max(longest, a.prefill)} for these --prefill, --prompt and --new')
+    fixed, one = twin(model, halting=False), twin(model, halting=False, n_iter=1, scale_embeds=False)
+    rng = np.random.default_rng(a.seed)
+
+    def text(*shape):
+        return torch.from_numpy(rng.integers(0, cfg.vocab_size, shape)).to(a.device)
+    rows = []
+
+    def run(case, variants):
+        new = race(case, variants, a.rounds)
+        rows.extend(new)
+        for r in new:
+            print(f'  {case}, {r["variant"]}: {r["ms_per_token"][1]:.3f} ms a token', file=sys.stderr)
+    policies = [(f'adaptive, {share:.0%} halted', forced(share, K)) for share in a.share]
+    if 'prefill' in a.cases:
+        x = text(1, a.prefill)
+        run(f'prefill {a.prefill}', {'fixed, dense': lambda: time_prefill(fixed, x), 'fixed, packed': lambda: time_prefill(fixed, x, execution='packed'),
+                                     **{name: lambda policy=policy: time_prefill(model, x, execution='packed', policy=policy) for name, policy in policies}})
+    for B in a.batch if 'decode' in a.cases else []:
+        prompts = text(B, a.prompt).tolist()
+        run('one stream' if B == 1 else f'batch {B}', {'fixed': lambda: time_decode(fixed, prompts, a.new),
+                                                       **{name: lambda policy=policy: time_decode(model, prompts, a.new, policy) for name, policy in policies}})
+    x = text(1, a.prompt)
+
+    def whole(fn):
+        sync(a.device)
+        t = time.perf_counter()
+        fn()
+        sync(a.device)
+        return time.perf_counter() - t, a.new, None, None
+    if 'nocache' in a.cases:
+        run('one stream and its prompt', {'fixed, cached': lambda: whole(lambda: fixed.generate(x, a.new, temperature=0)),
+                                          'fixed, no KV cache': lambda: whole(lambda: fixed.generate(x, a.new, temperature=0, execution='dense'))})
+    if 'transformers' in a.cases:
+        try:
+            from transformers import GPTNeoXForCausalLM
+            with tempfile.TemporaryDirectory() as folder:
+                one.save_pretrained(folder)
+                hf = GPTNeoXForCausalLM.from_pretrained(folder).to(a.device, getattr(torch, a.dtype)).eval()
+            hf.generation_config.eos_token_id = None
+
+            def theirs():
+                return hf.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=a.new, do_sample=False, use_cache=True, pad_token_id=0)
+            same = bool((theirs() == one.generate(x, a.new, temperature=0)).all())
+            run('one stream and its prompt', {'transformers, n_iter=1': lambda: whole(theirs), 'ours, n_iter=1': lambda: whole(lambda: one.generate(x, a.new, temperature=0)),
+                                              f'ours, fixed {K}': lambda: whole(lambda: fixed.generate(x, a.new, temperature=0))})
+            print(f'transformers and n_iter=1 made {"the same" if same else "NOT the same"} {a.new} tokens', file=sys.stderr)
+        except ImportError:
+            print('no comparison with transformers: pip install transformers')
+    print(f'{a.ckpt or a.config}: {cfg.n_layer} layers, width {cfg.n_embd}, vocabulary {cfg.vocab_size}, K = {K}, {a.dtype} on {a.device}. {a.rounds} rounds, taken in turn; '
+          f'[quartiles]. Decoding: prompts of {a.prompt} tokens, {a.new} new ones a slot.\n')
+    table(['case', 'variant', 'halted', 'ms a token', '[quartiles]', 'tokens/s', 'time ratio', '[quartiles]', 'FLOP ratio', 'time / FLOPs'],
+          [[r['case'], r['variant'], None if r['halted'] is None else f'{r["halted"]:.1%}', f'{r["ms_per_token"][1]:.3f}', '[{:.3f} {:.3f}]'.format(*r['ms_per_token'][::2]),
+            f'{1e3 / r["ms_per_token"][1]:.1f}', f'{r["time_ratio"][1]:.3f}', '[{:.3f} {:.3f}]'.format(*r['time_ratio'][::2]),
+            *([f'{r["flop_ratio"]:.3f}', f'{r["time_ratio"][1] / r["flop_ratio"]:.3f}'] if r['flop_ratio'] else [None, None])] for r in rows])
+    report(a, config=asdict(cfg), rows=rows)
+
+
 def number(text):
     try:
         return float(text)
@@ -600,6 +819,26 @@ def main():
     c = command(results, device=False)
     c.add_argument('files', nargs='+', help='JSON files of bench.py ppl')
     c.add_argument('--out', default='assets')
+
+    c = command(flops)
+    c.add_argument('--config', nargs='*', default=[], help='config files')
+    c.add_argument('--ckpt', nargs='*', default=[], help='checkpoints or GPT-NeoX folders')
+    c.add_argument('--context', type=int, help='tokens of the causal pass; default block_size')
+    c.add_argument('--count_tokens', type=int, default=128, help='tokens of the pass that is run and counted')
+    c.add_argument('--count_below', type=int, default=300_000_000, help='run it only for models of at most so many parameters')
+
+    c = command(speed)
+    shape = c.add_mutually_exclusive_group(required=True)
+    shape.add_argument('--ckpt', help='a checkpoint or a GPT-NeoX folder')
+    shape.add_argument('--config', help='a config file: random weights in its shape')
+    c.add_argument('--cases', nargs='+', choices=('prefill', 'decode', 'nocache', 'transformers'), default=['prefill', 'decode', 'nocache', 'transformers'])
+    c.add_argument('--share', nargs='*', type=number, default=[0.0, 0.25, 0.5, 0.75], help='of the (token, iteration 2 .. K) pairs that do not run')
+    c.add_argument('--prefill', type=int, default=1024, help='tokens')
+    c.add_argument('--batch', nargs='*', type=int, default=[1, 8, 32, 128], help='slots')
+    c.add_argument('--prompt', type=int, default=64, help='tokens of a prompt to decode from')
+    c.add_argument('--new', type=int, default=32, help='tokens to decode for each slot')
+    c.add_argument('--rounds', type=int, default=5)
+    c.add_argument('--threads', type=int, help='CPU threads')
 
     a = p.parse_args()
     try:

@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import AdaPonderConfig, AdaPonderLM, load_checkpoint
-from train import Windows, load_config
+from prepare_data import load_tokenizer
+from train import Windows, in_steps, load_config
 
 
 def fail(message):
@@ -571,6 +572,8 @@ def nll_by_depth(plt, groups):
 def shape_of(path):
     """The AdaPonderConfig and the TrainConfig of a config file."""
     t = load_config([path])
+    if t.init_from != 'scratch':
+        fail(f'{path} takes its shape from {t.init_from}: give the config of that size from scratch')
     meta = Path(t.data_dir) / 'meta.json'
     if not t.vocab_size and not meta.is_file():
         fail(f"{path} takes vocab_size from its data, and {t.data_dir} has none: prepare the data, or set vocab_size in the config")
@@ -782,6 +785,228 @@ def speed(a):
     report(a, config=asdict(cfg), rows=rows)
 
 
+# plan
+
+GPUS = {'H100': (989e12, 80), 'H100-PCIe': (756e12, 80), 'H200': (989e12, 141), 'B200': (2250e12, 180), 'A100': (312e12, 80), 'A100-40': (312e12, 40), 'L40S': (362e12, 48),
+        'A6000': (155e12, 48), '4090': (165e12, 24), '3090': (71e12, 24), 'V100': (125e12, 32)}  # dense bf16 (V100: fp16) FLOP/s, GB
+
+
+def activation_bytes(cfg, tokens, bf16=True, remat=False):
+    """What a training step's forward pass keeps for backward, by part, for `tokens` tokens on one GPU. Without torch.compile, which keeps a little less."""
+    b, d, L, K = 2 if bf16 else 4, cfg.n_embd, cfg.n_layer, cfg.n_iter
+    first, later = L * d * (4 + 16 * b), L * d * (4 + 14 * b)
+    gates = (K - 1) * d * (8 * b + 8) if cfg.halting else 0
+    logits = cfg.vocab_size * min(tokens, max(1, AdaPonderLM.CHUNK // cfg.vocab_size))
+    kept = 0 if tokens * cfg.vocab_size > AdaPonderLM.CHUNK else 4 * K * logits  # too few to be cut in chunks: kept, not computed again
+    return dict(backbone=tokens * (K * d * (4 + 2 * L * b) + max(first, later) if remat else first + (K - 1) * later),
+                between=tokens * K * 8 * d, gates=tokens * gates, logits=max(kept, 16 * logits))
+
+
+ACTIVATIONS = dict(
+    backbone='N L d (4 + 16 b) + (K - 1) N L d (4 + 14 b): a layer keeps x in float32, and two norms, q, k, v, y, 4 d and 4 d of the MLP',
+    remat='K N d (4 + 2 L b) + one iteration of N L d (4 + 16 b): inputs and K/V of every iteration, the rest computed again',
+    between='8 K N d: input of the last norm and h', gates='(K - 1) N d (8 b + 8): 4 d twice, and h twice', logits='16 x the numbers of a chunk of logits: float32, its softmax and gradients')
+
+
+def plan(a):
+    """What training a config takes: FLOPs, days, memory a GPU, dollars. Every line states its formula."""
+    if a.gpu not in GPUS:
+        fail(f'unknown GPU {a.gpu!r}: one of {", ".join(GPUS)}')
+    if a.gpus < 1 or not 0 < a.mfu <= 1:
+        fail('--gpus must be at least 1, --mfu in (0, 1]')
+    cfg, t = shape_of(a.config)
+    peak, memory = GPUS[a.gpu]
+    step_tokens = t.batch_size * t.gradient_accumulation_steps * t.block_size
+    steps = in_steps('max_steps', t.max_steps, step_tokens, None)
+    tokens, N = steps * step_tokens, t.batch_size * t.block_size
+    with torch.device('meta'):
+        params = sum(p.numel() for p in AdaPonderLM(cfg).parameters())
+    context, K = (t.block_size + 1) / 2, cfg.n_iter
+    f, forward = cfg.flops(context), float(cfg.inference_flops(K, context))
+    vanilla = float(replace(cfg, n_iter=1).inference_flops(1, context))
+    chunked = N * cfg.vocab_size > AdaPonderLM.CHUNK
+    again = (K * (f['linear'] + f['attention']) if t.remat else 0) + (f['unembed'] + (K - 1) * f['ponder'] if chunked else 0)
+    total, seconds = 3 * forward * tokens, 3 * forward * tokens / (a.gpus * peak * a.mfu)
+    b = 4 if t.dtype == 'float32' else 2
+    act = activation_bytes(cfg, N, b == 2, t.remat)
+    split = a.gpus if t.shard_optimizer else 1
+    memories = dict(weights=4 * params, gradients=4 * params, adamw=8 * params / split, bf16_weights=2 * params if b == 2 else 0, **{'activations, ' + k: v for k, v in act.items()})
+    need = sum(memories.values())
+    gb = lambda x: f'{x / 1e9:.2f} GB'  # noqa: E731
+    print(f'{a.config} on {a.gpus} x {a.gpu}: P = {params:,} parameters, L = {cfg.n_layer}, d = {cfg.n_embd}, V = {cfg.vocab_size}, K = {K}; micro-batch N = {t.batch_size} x {t.block_size} = {N:,} tokens, '
+          f'b = {b} bytes, remat {"on" if t.remat else "off"}, optimizer {"sharded" if t.shard_optimizer else "whole on every GPU"}.\n')
+    formulas = dict(weights='4 P: float32', gradients='4 P: float32, shared with DDP\'s buckets', adamw='8 P' + ' / GPUs' * t.shard_optimizer + ': two moments in float32', bf16_weights='2 P: autocast\'s copies')
+    table(['', 'value', 'formula'], [
+        ['tokens', f'{tokens / 1e9:.3f} B', f'{steps:,} steps x {t.gradient_accumulation_steps} micro-batches x N'],
+        ['forward a token', f'{forward / 1e9:.3f} GFLOPs', f'K (24 L d^2 + 4 L d (T + 1) / 2) + (K - 1) (4 d V + gate) + 2 d V; {forward / vanilla:.2f} x vanilla: training runs every iteration'],
+        ['training', f'{total:.3e} FLOPs', '3 x forward x tokens: backward costs two forwards'],
+        ['computed again', f'{again / (3 * forward):.1%}', 'logits of the chunks' * chunked + ', the backbone (remat)' * t.remat + ': not in the MFU'],
+        ['time', f'{seconds / 86400:.2f} days', f'FLOPs / ({a.gpus} GPUs x {peak / 1e12:.0f} TFLOP/s x MFU {a.mfu:.0%}); {a.gpus * seconds / 3600:,.0f} GPU hours, {tokens / seconds:,.0f} tokens/s'],
+        *([['price', f'${a.gpus * seconds / 3600 * a.price:,.0f}', f'GPU hours x ${a.price:g}']] if a.price else []), [],
+        *([k.replace('_', ' '), gb(v), formulas.get(k) or ACTIVATIONS['remat' if t.remat and k.endswith('backbone') else k.split(', ')[1]]] for k, v in memories.items()),
+        ['peak a GPU', gb(need), f'the sum; {a.gpu} has {memory} GB' + ('' if need < 0.95e9 * memory else ': TOO MUCH, lower batch_size' + ', set remat' * (not t.remat) + ', shard_optimizer' * (not t.shard_optimizer))],
+        [], ['decoding', gb(2 * cfg.n_layer * K * cfg.n_embd * cfg.block_size * b), f'2 L K d T b: K/V of one sequence of T = {cfg.block_size} tokens']])
+    if t.gradient_accumulation_steps % a.gpus:
+        print(f'\ngradient_accumulation_steps ({t.gradient_accumulation_steps}) is not a multiple of {a.gpus}: torchrun would refuse it')
+    report(a, config=asdict(cfg), parameters=params, tokens=tokens, forward_flops=forward, training_flops=total, computed_again=again / (3 * forward), seconds=seconds, memory=memories, peak_memory=need,
+           dollars=a.gpus * seconds / 3600 * a.price if a.price else None)
+
+
+# downstream: lm-evaluation-harness
+
+def harness_model(model, enc, eot, a):
+    """An lm_eval model around this one. Every request runs at adaptive depth, packed or cached; .spent holds tokens, their depths and FLOPs."""
+    from lm_eval import utils
+    from lm_eval.api.model import TemplateLM
+    K, T, kw = model.cfg.n_iter, model.cfg.block_size, dict(tau=a.tau, max_iter=a.max_iter)
+    tau, last = model.cfg.tau if a.tau is None else a.tau, a.max_iter or K
+
+    class Adaptive(TemplateLM):
+        eot_token_id = eot
+        spent = [0, 0, 0.0]
+
+        def spend(self, depth, context):
+            self.spent[0] += depth.numel()
+            self.spent[1] += int(depth.sum())
+            self.spent[2] += float(model.cfg.inference_flops(depth, context, last).sum())
+
+        def tok_encode(self, string, add_special_tokens=None, **rest):
+            return enc.encode_ordinary(string)
+
+        @torch.inference_mode()
+        def _loglikelihood_tokens(self, requests, **rest):
+            """requests: (_, context, continuation), lists of tokens. Returns (sum of log-probabilities, whether greedy decoding would say the same)."""
+            done = [None] * len(requests)
+            order = sorted(range(len(requests)), key=lambda n: -len(requests[n][1]) - len(requests[n][2]))  # alike in length, so little padding
+            for first in tqdm(range(0, len(order), a.batch_size), desc='loglikelihood', leave=False):
+                part = order[first:first + a.batch_size]
+                texts = [(requests[n][1] + requests[n][2])[-T - 1:] for n in part]
+                length = torch.tensor([len(t) - 1 for t in texts], device=a.device)
+                x = torch.tensor([t[:-1] + [0] * (int(length.max()) + 1 - len(t)) for t in texts], device=a.device)
+                with autocast(a):  # padding comes after the text, so nothing sees it, and halts at once
+                    out = model(x, execution='packed', policy=lambda i, s, h, row, pos: (s >= tau) & (pos < length[row]), **kw)
+                    for r, n in enumerate(part):
+                        want = torch.tensor(requests[n][2][-T:], device=a.device)
+                        log_p = log_probs(model, out.hidden[r, length[r] - len(want):length[r]])
+                        done[n] = float(log_p.gather(-1, want[:, None]).sum()), bool((log_p.argmax(-1) == want).all())
+                        self.spend(out.depth[r, :length[r]], torch.arange(1, int(length[r]) + 1, device=a.device))
+            return done
+
+        def loglikelihood_rolling(self, requests, disable_tqdm=False):
+            pieces = [[utils.make_disjoint_window(w) for w in utils.get_rolling_token_windows(
+                enc.encode_ordinary(r.args[0]), prefix_token=eot, max_seq_len=T, context_len=1)] for r in requests]
+            flat = iter(self._loglikelihood_tokens([(None, *w) for windows in pieces for w in windows]))
+            return [sum(next(flat)[0] for _ in windows) for windows in pieces]
+
+        def generate_until(self, requests, disable_tqdm=False):
+            """Batches through the KV-cached engine; a batch ends when each text in it has met a stop sequence or its length."""
+            done = []
+            for first in tqdm(range(0, len(requests), a.batch_size), desc='generate', leave=False):
+                part = [r.args for r in requests[first:first + a.batch_size]]
+                stop = [[g['until']] if isinstance(g.get('until'), str) else list(g.get('until') or []) for _, g in part]
+                budget = [next((g[k] for k in ('max_gen_toks', 'max_new_tokens', 'max_tokens') if g.get(k)), 256) for _, g in part]
+                if max(budget) >= T:
+                    raise ValueError(f'a task wants {max(budget)} new tokens, this model sees {T} at a time')
+                prompts = [(enc.encode_ordinary(c) or [eot])[-(T - n):] for (c, _), n in zip(part, budget)]
+                g = part[0][1]
+                draw = dict(temperature=g.get('temperature') or 1.0, top_k=g.get('top_k'), top_p=g.get('top_p')) if g.get('do_sample') else dict(temperature=0)
+                made, text, open_ = [[] for _ in part], [''] * len(part), set(range(len(part)))
+                steps = model.stream(prompts, budget, generator=torch.Generator().manual_seed(a.seed + first), slots=len(part), stop_token=eot, **draw, **kw)
+                for s in steps:
+                    if s.seq in open_:
+                        self.spend(torch.tensor([s.depth]), len(prompts[s.seq]) + len(made[s.seq]))
+                        made[s.seq].append(s.token)
+                        text[s.seq] = enc.decode([t for t in made[s.seq] if t != eot and t < enc.n_vocab])
+                        if s.token == eot or len(made[s.seq]) == budget[s.seq] or any(w and w in text[s.seq] for w in stop[s.seq]):
+                            open_.discard(s.seq)
+                    if not open_:
+                        break
+                steps.close()
+                for t, words in zip(text, stop):
+                    for w in words:
+                        t = t.split(w)[0] if w else t
+                    done.append(t)
+            return done
+    return Adaptive()
+
+
+def downstream(a):
+    """Tasks of lm-evaluation-harness at adaptive depth, with mean depth and FLOPs beside the scores. Needs lm-eval."""
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        fail('downstream needs lm-evaluation-harness: pip install lm-eval')
+    model, state = load(a.ckpt, a)
+    model.check_max_iter(a.max_iter)
+    own = Path(a.ckpt) / 'tokenizer.json'
+    if a.tokenizer is None and 'meta' not in state and not own.is_file():
+        fail(f'{a.ckpt} has no tokenizer.json: give --tokenizer')
+    enc = load_tokenizer(a.tokenizer) if a.tokenizer else load_tokenizer(state['meta'], Path(a.ckpt).parent) if 'meta' in state else load_tokenizer(str(own))
+    if enc.eot_token >= model.cfg.vocab_size:
+        fail('the tokenizer has more tokens than the model: give the one that it was trained with')
+    lm, rows = harness_model(model, enc, enc.eot_token, a), []
+    manager = TaskManager(include_path=a.include_path)
+    unknown = [t for t in a.tasks.split(',') if t not in manager.all_tasks]
+    if unknown:
+        fail(f'lm-eval knows no task {", ".join(unknown)}; --include_path names a folder with task files')
+    full = replace(model.cfg, halting=False)
+    for task in a.tasks.split(','):
+        lm.spent = [0, 0, 0.0]
+        scores = lm_eval.simple_evaluate(lm, tasks=[task], num_fewshot=a.num_fewshot, limit=a.limit, task_manager=manager, log_samples=False, bootstrap_iters=1000,
+                                         random_seed=a.seed, numpy_random_seed=a.seed, torch_random_seed=a.seed, fewshot_random_seed=a.seed)['results']
+        n, depth, spend = lm.spent
+        for name, result in scores.items():
+            for metric, value in result.items():
+                if isinstance(value, float) and '_stderr' not in metric:
+                    se = result.get(metric.replace(',', '_stderr,'))
+                    rows.append(dict(task=name, metric=metric.split(',')[0], value=value, stderr=se if isinstance(se, float) else None, tokens=n, depth=depth / n, flops=spend / n))
+    print(f'{a.ckpt}: K = {model.cfg.n_iter}, tau {model.cfg.tau if a.tau is None else a.tau:g}, at most {a.max_iter or model.cfg.n_iter} iterations; '
+          f'fixed depth {model.cfg.n_iter} costs {float(full.inference_flops(full.n_iter, 1)) / 1e6:.2f} MFLOPs a token and attention\n')
+    table(['task', 'metric', 'value', '+-', 'mean depth', 'MFLOPs/token'],
+          [[r['task'], r['metric'], f'{r["value"]:.4f}', f'{r["stderr"]:.4f}' if r['stderr'] is not None else None, f'{r["depth"]:.2f}', f'{r["flops"] / 1e6:.2f}'] for r in rows])
+    report(a, config=asdict(model.cfg), rows=rows)
+
+
+def curves(a):
+    """The logs of runs side by side: a table of where they are, and a picture."""
+    panels = ('loss', 'val_loss', 'depth', 'val_depth', 'grad_norm', 'gate_mean', 'tokens_per_second', 'lr')
+    logs = {}
+    for folder in a.folders:
+        path = Path(folder) / 'log.jsonl' if os.path.isdir(folder) else Path(folder)
+        if not path.is_file():
+            fail(f'no log at {path}: give the out_dir of a run of train.py')
+        records = []
+        for line in path.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                pass  # the line that a killed run was writing
+        logs[folder] = {k: [(r['step'], r[k]) for r in records if r.get(k) not in (None, [])] for k in panels + ('tokens', 'val_flops_saved', 'mfu')}
+    end = lambda log, k, form: form.format(log[k][-1][1]) if log[k] else None  # noqa: E731
+    table(['run', 'step', 'tokens', 'loss', 'val loss', 'depth', 'val depth', 'FLOPs saved', 'tokens/s', 'MFU'],
+          [[f, log['tokens'][-1][0] if log['tokens'] else 0, *(end(log, k, form) for k, form in (('tokens', '{:,}'), ('loss', '{:.4f}'), ('val_loss', '{:.4f}'), ('depth', '{:.2f}'), ('val_depth', '{:.2f}'),
+            ('val_flops_saved', '{:.1%}'), ('tokens_per_second', '{:,.0f}'), ('mfu', '{:.1%}')))] for f, log in logs.items()])
+    plt = pyplot()
+    if plt:
+        fig, axes = plt.subplots(2, 4, figsize=(18, 7))
+        for ax, key in zip(axes.flat, panels):
+            for n, (name, log) in enumerate(logs.items()):
+                if log[key]:
+                    x, y = zip(*log[key])
+                    if key == 'gate_mean':  # a line a gate
+                        for i in range(max(map(len, y))):
+                            ax.plot(*zip(*((s, v[i]) for s, v in log[key] if i < len(v) and v[i] is not None)), color=f'C{n}', alpha=1 - 0.25 * i, lw=1)
+                    else:
+                        ax.plot(x, y, color=f'C{n}', lw=1, marker='o' if key.startswith('val') else None, ms=3, label=name)
+            ax.set(title=key, xlabel='step', yscale='log' if key == 'grad_norm' else 'linear')
+        axes[0, 0].legend(fontsize=7)
+        fig.tight_layout()
+        save_figure(fig, a.out)
+        plt.close(fig)
+    report(a, runs=logs)
+
+
 def number(text):
     try:
         return float(text)
@@ -839,6 +1064,28 @@ def main():
     c.add_argument('--new', type=int, default=32, help='tokens to decode for each slot')
     c.add_argument('--rounds', type=int, default=5)
     c.add_argument('--threads', type=int, help='CPU threads')
+
+    c = command(plan, device=False)
+    c.add_argument('--config', required=True, help='a config file of train.py')
+    c.add_argument('--gpu', default='H100', help=', '.join(GPUS))
+    c.add_argument('--gpus', type=int, default=8)
+    c.add_argument('--mfu', type=float, default=0.4, help='the share of the peak that is reached; train.py prints it')
+    c.add_argument('--price', type=float, help='dollars a GPU hour')
+
+    c = command(downstream)
+    c.add_argument('--ckpt', required=True, help='a ckpt.pt of train.py or a GPT-NeoX folder')
+    c.add_argument('--tasks', required=True, help='lambada_openai,piqa,arc_easy,...')
+    c.add_argument('--include_path', help='a folder with task files of your own')
+    c.add_argument('--tokenizer', help="a tokenizer.json; default: the checkpoint's")
+    c.add_argument('--num_fewshot', type=int)
+    c.add_argument('--limit', type=int, help='documents a task')
+    c.add_argument('--batch_size', type=int, default=16)
+    c.add_argument('--tau', type=float)
+    c.add_argument('--max_iter', type=int)
+
+    c = command(curves, device=False)
+    c.add_argument('folders', nargs='+', help='the out_dir of each run')
+    c.add_argument('--out', default='curves.png')
 
     a = p.parse_args()
     try:

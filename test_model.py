@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import html.parser
 import io
+import itertools
 import json
 import math
 import os
@@ -24,6 +25,7 @@ import types
 import urllib.error
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,6 +33,7 @@ import tiktoken
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import bench
 import model as model_py
 import prepare_data
 import sample as sample_py
@@ -1481,6 +1484,334 @@ def test_model_refuses_nonsense(tmp_path):
     for name, kind, words in [('none.pt', FileNotFoundError, 'no checkpoint'), ('junk.pt', ValueError, 'not a readable checkpoint'), ('other.pt', ValueError, 'another project')]:
         with pytest.raises(kind, match=words):
             load_checkpoint(tmp_path / name)
+
+
+# bench.py
+
+OPTIONS = SimpleNamespace(device='cpu', dtype='float32', batch_size=3, seed=5, ckpt='ckpt.pt', eval_tokens=192, calib_tokens=96, tau=None, max_iter=None)
+
+
+def val_windows(n=6, T=32, seed=20):
+    return torch.randint(61, (n, T + 1), generator=torch.Generator().manual_seed(seed))
+
+
+def run_bench(capsys, *argv):
+    """bench.py in this process: (its JSON, what it printed)."""
+    bench.main([str(x) for x in argv])
+    path = argv[argv.index('--json') + 1]
+    return json.loads(Path(path).read_text()), capsys.readouterr().out
+
+
+def bench_run(folder, name, model, data, **config):
+    """A checkpoint as train.py writes it, and the data folder that it names."""
+    meta = dict(tokenizer_sha256='of no file', vocab_size=61, dtype='uint16', val=dict(tokens=1600, files=[dict(name='val.bin', tokens=1600)]))
+    data.mkdir(exist_ok=True)
+    torch.randint(61, (1600,), generator=torch.Generator().manual_seed(21)).numpy().astype(np.uint16).tofile(data / 'val.bin')
+    (data / 'meta.json').write_text(json.dumps(meta))
+    settings = dict(data_dir=str(data), seed=1, batch_size=4, gradient_accumulation_steps=2, block_size=32, k_max=0.4, ponder_lambda=0.1, **config)
+    torch.save(dict(adaponder=1, config=asdict(model.cfg), model=model.state_dict(), meta=meta, step=10, train_config=settings), folder / name)
+    return folder / name
+
+
+def test_blind_policies_hit_their_shares_on_every_execution():
+    m = tiny(block_size=64)
+    x = val_windows(40, 64)[:, :-1]
+    row, pos = torch.meshgrid(torch.arange(300), torch.arange(300), indexing='ij')
+    u = bench.coin(row, pos)
+    assert all(abs(float((u < q).double().mean()) - q) < 0.01 for q in (0.1, 0.5, 0.9))
+    assert abs(float(torch.corrcoef(torch.stack([u[:, 1:].flatten(), u[:, :-1].flatten(), bench.coin(row, pos, 1)[:, 1:].flatten()]))[0, 1:].abs().max())) < 0.02
+    for policy, ran, bound in [(bench.blind([0.8, 0.5, 0.5]), (0.8, 0.5, 0.5), 0.03), (bench.forced(0.5, 4), None, 0.03), (bench.forced(0.0, 4), (1, 1, 1), 0), (bench.forced(0.75, 4), None, 0.03)]:
+        dense, packed = (m(x, execution=e, policy=policy).depth for e in ('dense', 'packed'))
+        assert torch.equal(dense, packed)
+        if ran:
+            assert all(abs(float((dense > i + 1).double().mean()) - r) <= bound for i, r in enumerate(ran))
+    for share in (0.25, 0.5, 0.75):  # near the share in every row, and with tokens at all depths
+        depth = m(x, policy=bench.forced(share, 4)).depth
+        assert (((4 - depth.double()).mean(1) / 3 - share).abs() < 0.03).all() and set(depth.flatten().tolist()) == {1, 2, 3, 4}
+    steps = list(m.stream([x[r, :5].tolist() for r in range(4)], 20, temperature=0, policy=bench.forced(0.5, 4), slots=4))
+    depth = m(x, policy=bench.forced(0.5, 4)).depth  # a token's depth is the same when it is decoded
+    assert all(sorted(s.depth for s in steps if s.seq == r) == sorted(depth[r, 4:24].tolist()) for r in range(4))
+
+
+def test_profile_and_scores_against_passes_that_stop_early():
+    m, x = tiny(), val_windows()
+    outs = [m(x[:, :-1], x[:, 1:], tau=0.0, max_iter=d) for d in (1, 2, 3, 4)]
+    levels = bench.profile(m, x, OPTIONS)
+    for d, out in enumerate(outs):
+        assert torch.allclose(levels[..., d], out.nll.double(), atol=1e-6)
+    P = [out.logits.softmax(-1) for out in outs]
+    for kind, wanted in [('learned', [outs[3].gates[..., i] for i in range(3)]), ('confidence', [-p.max(-1).values for p in P[:3]]),
+                         ('convergence', [(P[i - 1] * (P[i - 1] / P[i]).log()).sum(-1) if i else torch.full(x[:, 1:].shape, math.inf) for i in range(3)])]:
+        got = torch.zeros(6, 32, 3, dtype=torch.float64)
+        depth, _ = bench.measure(m, x, OPTIONS, bench.above(bench.SCORES[kind](m), into=got))
+        assert (depth == 4).all() and torch.allclose(got, torch.stack(wanted, -1).double(), atol=1e-6), kind
+    a, b = bench.measure(m, x, OPTIONS), bench.measure(m, x, OPTIONS, bench.above(bench.gate(m), m.cfg.tau))
+    direct = m(x[:, :-1], x[:, 1:])
+    assert torch.equal(a[0], b[0]) and torch.equal(a[0], direct.depth) and torch.allclose(a[1], direct.nll.double()) and len(set(direct.depth.flatten().tolist())) > 1
+
+
+def test_thresholds_and_schedules_spend_what_they_should():
+    m, x = tiny(), val_windows(30)
+    cost = bench.costs(m.cfg, 32)
+    assert float(cost[9, 2]) == float(m.cfg.inference_flops(3, 10)) and cost.shape == (32, 4)
+    scores = torch.rand(3, 32, 3, generator=torch.Generator().manual_seed(22), dtype=torch.float64)
+
+    def brute(t):  # token by token
+        total = 0.0
+        for w in scores.tolist():
+            for p, gates in enumerate(w):
+                depth = 1 + next((i for i, s in enumerate(gates) if s < t), 3)
+                total += float(m.cfg.inference_flops(depth, p + 1))
+        return total / 96
+    for share in (0.3, 0.5, 0.8):
+        target = share * float(cost[:, -1].mean())
+        best = min((abs(brute(t) - target) for t in scores.flatten().tolist()))
+        assert abs(brute(bench.threshold(scores, cost, target)) - target) <= best * (1 + 1e-9)
+    for kind in ('learned', 'confidence', 'convergence'):  # in a pass that really halts
+        full = torch.zeros(30, 32, 3, dtype=torch.float64)
+        bench.measure(m, x, OPTIONS, bench.above(bench.SCORES[kind](m), into=full))
+        target = 0.7 * float(cost[:, -1].mean())
+        t = bench.calibrate(m, x, OPTIONS, kind, cost, target, full)
+        depth, _ = bench.measure(m, x, OPTIONS, bench.above(bench.SCORES[kind](m), t))
+        assert abs(float(bench.spent(cost, depth).mean()) / target - 1) < 0.02, kind
+    mean = cost.mean(0).tolist()
+    for kind in ('uniform', 'geometric'):
+        shares = bench.schedule(kind, mean, 0.6 * mean[-1])
+        steps = [a - b for a, b in zip([1] + shares, shares)] if kind == 'uniform' else [b / a for a, b in zip([1] + shares, shares)]
+        assert max(steps) - min(steps) < 1e-9
+        depth_share = [a - b for a, b in zip([1] + shares, shares + [0])]
+        assert abs(sum(s * c for s, c in zip(depth_share, mean)) / (0.6 * mean[-1]) - 1) < 1e-9
+
+
+def test_oracle_is_the_best_assignment():
+    g = torch.Generator().manual_seed(23)
+    for trial in range(5):
+        nll, cost = torch.rand(1, 4, 3, generator=g, dtype=torch.float64), torch.tensor([[1.0, 2.2, 3.1]] * 4) + torch.rand(4, 1, generator=g)
+        depth = bench.oracle_depth(nll, cost, float(cost.mean(0)[1]) * (0.7 + 0.1 * trial))
+        mine, spend = float(nll.gather(-1, depth[..., None] - 1).sum()), float(bench.spent(cost, depth).sum())
+        for choice in itertools.product((0, 1, 2), repeat=4):
+            if sum(float(cost[p, c]) for p, c in enumerate(choice)) <= spend:
+                assert sum(float(nll[0, p, c]) for p, c in enumerate(choice)) >= mine - 1e-9
+
+
+def test_statistics():
+    rng = np.random.default_rng(24)
+    x, y = rng.integers(0, 5, 200), rng.normal(size=200).round(1)
+
+    def rank(v):  # by counting
+        return [sum(w < u for w in v) + (sum(w == u for w in v) - 1) / 2 for u in v]
+    assert abs(bench.spearman(x, y) - np.corrcoef(rank(x), rank(y))[0, 1]) < 1e-12
+    assert abs(bench.spearman(y, 3 * y + 1) - 1) < 1e-12 and bench.spearman(x, 0 * y) is None
+    w = rng.normal(size=400)
+    assert abs(bench.spread(lambda m: m, w) / (w.std() / 20) - 1) < 0.1
+    assert bench.spread(lambda a, b: a - b, w, w + 1) < 1e-12  # paired
+    assert abs(bench.retained(2.0, 1.75, 1.5) - 0.5) < 1e-12
+    assert bench.mean_of([1.0, None, 3.0]) == dict(mean=2.0, sd=math.sqrt(2)) and bench.mean_of([None]) is None and bench.mean_of([4.0])['sd'] is None
+    rows = [dict(model='adaptive', policy=p, dial=d, flops=f, nll=float(np.mean(n)), windows=np.array(n)) for p, d, f, n in (
+        ('learned', 'own', 10.0, [1.0, 3.0]), ('fixed depth', 'max_iter 4', 20.0, [0.0, 2.0]), ('fixed depth', 'max_iter 2', 12.0, [9.0, 9.0]),
+        ('random', 'own', 15.0, [2.0, 4.0]), ('random', 0.9, 5.0, [2.0, 4.0]))]
+    bench.over_learned(rows, 4)
+    assert abs(rows[3]['over_learned'] - 1.5) < 1e-12 and rows[3]['over_learned_se'] < 1e-12 and not any('over_learned' in r for r in rows[:3] + rows[4:])
+
+
+def test_ppl_and_results(tmp_path, capsys):
+    adaptive, fixed, vanilla = tiny(torch.float32), tiny(torch.float32, seed=1, halting=False), tiny(torch.float32, seed=2, n_iter=1)
+    ckpt, fix, van = (bench_run(tmp_path, n, m, tmp_path / 'data') for n, m in (('a.pt', adaptive), ('f.pt', fixed), ('v.pt', vanilla)))
+    argv = ['ppl', '--ckpt', ckpt, '--fixed', fix, '--vanilla', van, '--save', 0.2, 0.5, '--eval_tokens', 1000, '--calib_tokens', 400, '--json', tmp_path / 'one.json']
+    got, text = run_bench(capsys, *argv)
+    adaptive, fixed, vanilla = (m.requires_grad_(False) for m in (adaptive, fixed, vanilla))
+    meta = json.loads((tmp_path / 'data' / 'meta.json').read_text())
+    x, calib = bench.windows(SimpleNamespace(**{**vars(OPTIONS), 'eval_tokens': 1000, 'calib_tokens': 400}), tmp_path / 'data', adaptive, dict(meta=meta))
+    windows = [tuple(w) for w in torch.cat([x, calib]).tolist()]
+    assert len(x) == 31 and len(calib) == 12 and len(set(windows)) == 43  # measured on other text than calibrated on
+    full = sum(float(fixed.cfg.inference_flops(4, t + 1)) for t in range(32)) / 32
+    rows = {(r['model'], r['policy'], r['dial']): r for r in got['rows']}
+    own, out = rows['adaptive', 'learned', 'own'], adaptive(x[:, :-1], x[:, 1:])
+    spend = sum(float(adaptive.cfg.inference_flops(out.depth[:, t], t + 1).sum()) for t in range(32)) / out.depth.numel()
+    assert abs(own['nll'] - float(out.ce_loss)) < 1e-5 and abs(own['saved'] - (1 - spend / full)) < 1e-6 and abs(own['depth'] - float(out.depth.double().mean())) < 1e-9
+    for r in got['rows']:
+        if r['policy'] != 'fixed depth':
+            near = rows.get((r['model'], 'learned', r['dial']), dict(saved=r['dial']))['saved']
+            assert abs(r['saved'] - near) < (0.1 if r['policy'] != 'oracle' else 0.3), (r['model'], r['policy'], r['dial'])  # 12 windows set it
+    random = rows['adaptive', 'random', 'own']
+    assert np.allclose(random['shares'], own['ran'][1:]) and np.allclose(random['ran'], own['ran'], atol=0.05)
+    assert rows['fixed', 'confidence', 0.2]['nll'] > 0 and ('fixed', 'random', 0.2) not in rows and ('vanilla', 'fixed depth', 'max_iter 1') in rows
+    losses = [float(m(x[:, :-1], x[:, 1:], tau=0.0).ce_loss) for m in (vanilla, fixed)]
+    if losses[0] > losses[1]:
+        assert abs(own['retained'] - (losses[0] - own['nll']) / (losses[0] - losses[1])) < 1e-3
+    else:
+        assert 'no gain to keep' in text and 'retained' not in own
+    depths = got['runs']['adaptive']['by_depth']
+    assert abs(sum(d['share'] for d in depths) - 1) < 1e-9 and abs(sum(d['share'] * d.get('nll', 0) for d in depths) - own['nll']) < 1e-6
+    assert got['runs']['adaptive']['train_tokens'] == 10 * 4 * 2 * 32
+    other = json.loads(json.dumps(got))
+    for r in other['rows']:
+        r['nll'] += 0.2
+    (tmp_path / 'two.json').write_text(json.dumps(other))
+    bench.main(['results', str(tmp_path / 'one.json'), str(tmp_path / 'two.json'), '--out', str(tmp_path / 'assets')])
+    group, = json.loads((tmp_path / 'assets' / 'results.json').read_text()).values()
+    mean = next(r for r in group['rows'] if (r['model'], r['policy'], r['dial']) == ('adaptive', 'learned', 'own'))['nll']
+    assert abs(mean['mean'] - own['nll'] - 0.1) < 1e-9 and abs(mean['sd'] - 0.2 / math.sqrt(2)) < 1e-9 and len(group['seeds']) == 2
+    assert f'{mean["mean"]:.4f} ± 0.1414' in (tmp_path / 'assets' / 'results.md').read_text()
+    assert (tmp_path / 'assets' / 'isoflops.png').exists() == ('no pictures' not in capsys.readouterr().out)
+
+
+def shape_file(path, **kw):
+    """A config file of train.py."""
+    path.write_text(''.join(f'{k} = {v!r}\n' for k, v in {**dict(vocab_size=500, block_size=128, n_layer=2, n_head=4, n_embd=64, batch_size=2), **kw}.items()))
+    return path
+
+
+def test_flops_table_equals_the_counter(tmp_path, capsys):
+    files = [shape_file(tmp_path / 'a.py'), shape_file(tmp_path / 'b.py', vocab_size=50304, n_embd=32), shape_file(tmp_path / 'c.py', halting=False, n_iter=1)]
+    got, text = run_bench(capsys, 'flops', '--config', *files, '--json', tmp_path / 'f.json')
+    for c in got['configs']:
+        cfg = AdaPonderConfig(**c['config'])
+        assert c['parameters'] == sum(p.numel() for p in AdaPonderLM(cfg).parameters())
+        assert abs(c['counted']['seen']['products'] / c['counted']['formula']['products'] - 1) < 1e-9
+        assert 1 <= c['counted']['seen']['attention'] / c['counted']['formula']['attention'] < 2.1  # whole rectangles of keys
+        for r in c['depths']:
+            parts = sum(r[k] for k in ('linear', 'attention', 'unembed', 'ponder', 'gates'))
+            assert abs(parts / r['total'] - 1) < 1e-12 and r['total'] == cfg.inference_flops(r['depth'], 64.5)
+    a, b, c = got['configs']
+    assert c['depths'][0]['x_vanilla'] == 1 and a['depths'][0]['total'] > c['depths'][0]['total'] and f'{a["parameters"]:,} parameters' in text
+    dense = AdaPonderLM(AdaPonderConfig(**{**c['config'], 'n_iter': 4})).requires_grad_(False)  # from outside: a dense pass, counted
+    x = torch.zeros(1, 128, dtype=torch.long)
+    assert abs(count_flops(lambda: dense(x, x)) / (128 * float(dense.cfg.inference_flops(4, 128))) - 1) < 1e-9
+
+
+def test_speed_counts_what_it_times(tmp_path, capsys):
+    got, text = run_bench(capsys, 'speed', '--config', shape_file(tmp_path / 'a.py'), '--prefill', 100, '--prompt', 7, '--new', 9, '--batch', 1, 3, '--rounds', 1, '--share', 0, 0.5,
+                          '--json', tmp_path / 's.json')
+    cfg = AdaPonderConfig(**got['config'])
+    fixed = AdaPonderConfig(**{**got['config'], 'halting': False})
+    rows = {(r['case'], r['variant']): r for r in got['rows']}
+    assert {c for c, _ in rows} == {'prefill 100', 'one stream', 'batch 3', 'prompt and stream'} and got['same_as_transformers'] in (None, True)
+    head = cfg.flops(0)['unembed']
+    depth = AdaPonderLM(cfg)(torch.zeros(1, 100, dtype=torch.long), policy=bench.forced(0.5, 4)).depth[0]
+    ours, theirs = (sum(float(c.inference_flops(int(d), t + 1)) - head for t, d in enumerate(ds)) + head for c, ds in ((cfg, depth), (fixed, [4] * 100)))
+    assert abs(rows['prefill 100', 'adaptive, 50% halted']['flop_ratio'] / (ours / theirs) - 1) < 1e-9
+    tokens = range(8, 17)  # contexts of the tokens that are timed: after the prompt and the first new one
+    ds = [int(bench.AdaPonderLM(cfg)(torch.zeros(1, 20, dtype=torch.long), policy=bench.forced(0.5, 4)).depth[0, t - 1]) for t in tokens]
+    ratio = sum(float(cfg.inference_flops(d, t)) for d, t in zip(ds, tokens)) / sum(float(fixed.inference_flops(4, t)) for t in tokens)
+    assert abs(rows['one stream', 'adaptive, 50% halted']['flop_ratio'] / ratio - 1) < 1e-9
+    assert all(r['ms_per_token'][0] <= r['ms_per_token'][1] <= r['ms_per_token'][2] for r in got['rows'])
+    order = []
+    rows = bench.race('case', {n: (lambda n=n: order.append(n) or dict(seconds=dict(A=2.0, B=3.0)[n], tokens=4, flops=dict(A=8.0, B=4.0)[n])) for n in 'AB'}, 2)
+    assert order == list('ABABAB') and rows[1]['time_ratio'] == [1.5] * 3 and rows[1]['flop_ratio'] == 0.5 and rows[1]['ms_per_token'] == [750.0] * 3
+
+
+@pytest.mark.parametrize('bf16', [False, True])
+@pytest.mark.parametrize('halting', [False, True])
+def test_plan_knows_what_backward_keeps(bf16, halting, monkeypatch):
+    monkeypatch.setattr(AdaPonderLM, 'CHUNK', 2 ** 13)  # logits in chunks, computed again: not among what is kept
+    m = AdaPonderLM(AdaPonderConfig(vocab_size=100, block_size=256, n_layer=3, n_head=4, n_embd=64, halting=halting))
+    own, kept = {p.untyped_storage().data_ptr() for p in m.parameters()}, {}
+
+    def keep(t):
+        if t.untyped_storage().data_ptr() not in own:
+            kept[t.untyped_storage().data_ptr()] = (t.untyped_storage().nbytes(), t)
+        return t
+    x = torch.randint(100, (8, 257))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast('cpu', torch.bfloat16, enabled=bf16):
+        m(x[:, :-1], x[:, 1:], k=torch.tensor(0.1), ponder_lambda=0.1)
+    parts = bench.activation_bytes(m.cfg, 8 * 256, bf16)
+    got = sum(n for n, _ in kept.values()) - (2 * sum(p.numel() for p in m.parameters()) if bf16 else 0)  # autocast's copies have their own line
+    assert abs((sum(parts.values()) - parts['logits']) / got - 1) < 0.05
+
+
+def test_plan_arithmetic(tmp_path, capsys):
+    file = shape_file(tmp_path / 'a.py', gradient_accumulation_steps=16, max_steps='1M tokens', shard_optimizer=True)
+    got, text = run_bench(capsys, 'plan', '--config', file, '--gpu', 'A100', '--gpus', 8, '--mfu', 0.5, '--price', 2, '--json', tmp_path / 'p.json')
+    P = sum(p.numel() for p in AdaPonderLM(AdaPonderConfig(**got['config'])).parameters())
+    d, L, V, T, K = 64, 2, 500, 128, 4
+    steps = round(1e6 / (2 * 128 * 16))
+    forward = K * (24 * L * d * d + 4 * L * d * (T + 1) / 2) + (K - 1) * (4 * d * V + 8 * d * d + 8 * d) + 2 * d * V
+    assert got['tokens'] == steps * 4096 and got['parameters'] == P and abs(got['forward_flops'] / forward - 1) < 1e-12
+    hours = 3 * forward * steps * 4096 / (312e12 * 0.5) / 3600
+    assert abs(got['gpu_hours'] / hours - 1) < 1e-9 and abs(got['dollars'] / (2 * hours) - 1) < 1e-9
+    assert got['memory']['weights'] == got['memory']['gradients'] == 4 * P and got['memory']['AdamW'] == P and got['memory']['bfloat16 weights'] == 2 * P
+    assert got['peak_memory'] == sum(got['memory'].values()) and 'TOO MUCH' not in text
+    big = shape_file(tmp_path / 'b.py', vocab_size=50304, block_size=2048, n_layer=32, n_head=32, n_embd=2560, batch_size=8, gradient_accumulation_steps=7)
+    text = run_bench(capsys, 'plan', '--config', big, '--json', tmp_path / 'p.json')[1]
+    assert 'TOO MUCH' in text and 'not a multiple of 8' in text
+
+
+def test_harness_adapter(tmp_path, capsys):
+    """Log-likelihoods, rolling windows and generation against direct computations, and against lm-eval's own model where it runs."""
+    pytest.importorskip('lm_eval', reason='pip install lm-eval')
+    if not (SHARED / 'tokenizers' / 'neox20b_tokenizer.json').exists():
+        pytest.skip('needs the GPT-NeoX tokenizer in ../shared')
+    from lm_eval.api.instance import Instance
+    hf = neox(vocab_size=50304, hidden_size=32, block_size=48, bos_token_id=0, eos_token_id=0)
+    for p in hf.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    hf.save_pretrained(tmp_path / 'hf')
+    shutil.copy(SHARED / 'tokenizers' / 'neox20b_tokenizer.json', tmp_path / 'hf' / 'tokenizer.json')
+    (tmp_path / 'hf' / 'tokenizer_config.json').write_text(json.dumps(dict(tokenizer_class='PreTrainedTokenizerFast', bos_token='<|endoftext|>', eos_token='<|endoftext|>')))
+    model = AdaPonderLM.from_pretrained(tmp_path / 'hf', n_iter=4).requires_grad_(False)
+    for gate in model.gates:
+        torch.nn.init.normal_(gate.proj.weight, std=2.0)
+    enc = bench.load_tokenizer(str(tmp_path / 'hf' / 'tokenizer.json'))
+    pairs = [('The cat sat on the', ' mat'), ('', 'Once upon a time'), ('one two three four five', ' six  seven eight'), ('word ' * 60, 'end of it'), ('a ', 'b')]
+    ask = lambda kind, args: [Instance(kind, {}, x, n) for n, x in enumerate(args)]  # noqa: E731
+    rolling, until = [('cat and dog ' * 40,), ('short text',)], [('The cat', dict(until=['.', '\n'], max_gen_toks=9)), ('a dog that', dict(until=[], max_gen_toks=9))]
+    for tau, max_iter in ((0.98, None), (None, 1)):
+        lm = bench.harness_model(model, enc, SimpleNamespace(**{**vars(OPTIONS), 'tau': tau, 'max_iter': max_iter}))
+        got = lm.loglikelihood(ask('loglikelihood', pairs), disable_tqdm=True)
+        depths = []
+        for (context, continuation), (value, greedy) in zip(pairs, got):
+            spaces = len(context) - len(context.rstrip())
+            whole = enc.encode_ordinary(context + continuation) if context else [0] + enc.encode_ordinary(continuation)
+            n = len(whole) - (len(enc.encode_ordinary(context[:len(context) - spaces])) if context else 1)
+            out = model(torch.tensor([whole[-49:-1]]), tau=tau, max_iter=max_iter)
+            p, want = out.logits[0, -n:].log_softmax(-1), torch.tensor(whole[-n:])
+            assert abs(value - float(p.gather(-1, want[:, None]).sum())) < 1e-3 and greedy == bool((p.argmax(-1) == want).all())
+            depths += out.depth[0].tolist()
+        assert lm.spent[:2] == [len(depths), sum(depths)] and (max_iter == 1 or len(set(depths)) > 1)
+        assert [r[0] for r in lm.loglikelihood(ask('loglikelihood', pairs[:1]), disable_tqdm=True)] == pytest.approx([got[0][0]], abs=1e-3)  # batched or alone
+        texts = lm.generate_until(ask('generate_until', until))
+        for (context, g), text in zip(until, texts):
+            x = torch.tensor([enc.encode_ordinary(context)])
+            plain = enc.decode([t for t in model.generate(x, 9, temperature=0, tau=tau, max_iter=max_iter)[0, x.size(1):].tolist() if t < enc.n_vocab])
+            assert text == min((plain.split(w)[0] for w in g['until']), key=len, default=plain)
+    try:
+        from lm_eval.models.huggingface import HFLM
+    except ImportError:
+        return  # lm-eval's own model needs accelerate
+    theirs = HFLM(pretrained=str(tmp_path / 'hf'), dtype='float32', device='cpu', batch_size=2)
+    for a, b in zip(got, theirs.loglikelihood(ask('loglikelihood', pairs), disable_tqdm=True)):
+        assert abs(a[0] - b[0]) < 1e-3 and a[1] == b[1]
+    assert lm.loglikelihood_rolling(ask('loglikelihood_rolling', rolling)) == pytest.approx(theirs.loglikelihood_rolling(ask('loglikelihood_rolling', rolling), disable_tqdm=True), rel=1e-5)
+    assert texts == theirs.generate_until(ask('generate_until', until), disable_tqdm=True)
+
+
+def test_curves(tmp_path, capsys):
+    for name, loss in (('a', 2.5), ('b', 3.5)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'log.jsonl').write_text(''.join(json.dumps(dict(step=s, tokens=100 * s, loss=loss / s, depth=4.0, gate_mean=[0.9, 0.8] if s > 1 else [])) + '\n'
+                                                   for s in (1, 2)) + json.dumps(dict(step=2, val_loss=loss, val_depth=3.0)) + '\n{"step": 3, "lo')
+    got, text = run_bench(capsys, 'curves', tmp_path / 'a', tmp_path / 'b', '--out', tmp_path / 'c.png', '--json', tmp_path / 'c.json')
+    assert got['runs'][str(tmp_path / 'b')]['loss'] == [[1, 3.5], [2, 1.75]] and got['runs'][str(tmp_path / 'a')]['gate_mean'] == [[2, [0.9, 0.8]]]
+    line = next(t for t in text.splitlines() if t.startswith(str(tmp_path / 'a')))
+    assert line.split()[1:] == ['200', '1.2500', '2.5000', '4.00', '3.00']
+
+
+def test_bench_refuses_nonsense(tmp_path, capsys):
+    ckpt = bench_run(tmp_path, 'a.pt', tiny(torch.float32), tmp_path / 'data')
+    other = bench_run(tmp_path, 'o.pt', tiny(torch.float32, block_size=16), tmp_path / 'data')
+    vanilla = bench_run(tmp_path, 'v.pt', tiny(torch.float32, n_iter=1), tmp_path / 'data')
+    (tmp_path / 'junk.json').write_text('{"a": 1}')
+    file = shape_file(tmp_path / 'c.py')
+    elsewhere = shape_file(tmp_path / 'd.py', init_from='some/folder')
+    for argv, words in [(['ppl', '--ckpt', tmp_path / 'none.pt'], 'no checkpoint at'), (['ppl', '--ckpt', ckpt, '--data', tmp_path], 'no data in'), (['ppl', '--ckpt', ckpt, '--fixed', other], 'cannot be compared'),
+                        (['results', tmp_path / 'junk.json'], 'was not written by bench.py ppl'), (['flops'], 'give --config or --ckpt'), (['flops', '--config', elsewhere], 'takes its shape from'),
+                        (['speed', '--ckpt', vanilla], 'n_iter > 1'), (['speed', '--config', file], 'block_size of at least 1024'), (['plan', '--config', file, '--gpu', 'abacus'], 'unknown GPU'),
+                        (['plan', '--config', file, '--mfu', 2], '--mfu in'), (['curves', tmp_path], 'no log at')]:
+        with pytest.raises(SystemExit) as e:
+            bench.main([str(x) for x in argv])
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and words in err and err.count('\n') == 1 and 'Traceback' not in err, (argv, err)
 
 
 def test_model_py_works_when_copied_alone(tmp_path):

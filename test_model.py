@@ -1592,6 +1592,9 @@ def test_oracle_is_the_best_assignment():
         for choice in itertools.product((0, 1, 2), repeat=4):
             if sum(float(cost[p, c]) for p, c in enumerate(choice)) <= spend:
                 assert sum(float(nll[0, p, c]) for p, c in enumerate(choice)) >= mine - 1e-9
+    nll, cost = torch.rand(40, 32, 4, generator=g, dtype=torch.float64), bench.costs(tiny().cfg, 32)
+    for share in (0.3, 0.5):
+        assert abs(float(bench.spent(cost, bench.oracle_depth(nll, cost, share * float(cost.mean(0)[3]))).mean()) / float(cost.mean(0)[3]) - share) < 0.005
 
 
 def test_statistics():

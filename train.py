@@ -20,9 +20,11 @@ import shutil
 import signal
 import sys
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +45,7 @@ class TrainConfig:
     # files
     out_dir: str = 'out/run'
     data_dir: str = 'data/stdlib'     # made by prepare_data.py; the default set is made when it is missing
+    verify_data: bool = True          # hash the token files at the start: about a second a GB and process of a node
     init_from: str = 'scratch'        # 'scratch', a Hugging Face folder of GPT-NeoX weights, or a ckpt.pt; its shape wins over the one below
     resume: bool = True               # go on from out_dir/ckpt.pt if it exists; False starts anew
     # model
@@ -79,7 +82,7 @@ class TrainConfig:
     seed: int = 1337
     # evaluation, checkpoints, logs
     eval_interval: Duration = '20%'
-    eval_tokens: int = 65536          # of the val split, from its start
+    eval_tokens: int = 65536          # of the val split, evenly spread over it
     ckpt_interval: Duration = '10%'
     log_interval: int = 10
     sample_tokens: int = 300          # length of the sample at the end; 0: none
@@ -94,11 +97,12 @@ class TrainConfig:
 
 
 class UsageError(SystemExit):
-    """One sentence on stderr, exit code 2."""
+    """One sentence on stderr, exit code 2. here: it may be the trouble of this rank alone; else all ranks have it and rank 0 says it."""
 
-    def __init__(self, message):
-        if int(os.environ.get('RANK', 0)) == 0:
-            print(f'train.py: {message}', file=sys.stderr)
+    def __init__(self, message, here=False):
+        rank = int(os.environ.get('RANK', 0))
+        if here or rank == 0:
+            print(f'train.py{f" (rank {rank})" if rank else ""}: {message}', file=sys.stderr, flush=True)
         super().__init__(2)
 
 
@@ -130,7 +134,7 @@ def load_config(argv):
                 value = ast.literal_eval(text)
             except (ValueError, SyntaxError):
                 value = text
-            if key in known and known[key].type is str:
+            if key in known and (known[key].type is str or known[key].type is Duration and type(value) is not int):
                 value = text
             assign(key, value, 'command line')
         else:
@@ -150,10 +154,10 @@ def load_config(argv):
 
 def in_steps(name, duration, tokens_per_step, max_steps):
     """A Duration in steps."""
-    m = re.fullmatch(r'([\d.]+(?:e\d+)?)\s*([KMBT]?)\s*(steps|tokens|%|)', str(duration).strip())
-    if not m or (m[3] == '%' and max_steps is None):
-        raise UsageError(f"{name} must be a number of steps, or like '1000 steps', '1.2B tokens' or '40%', not {duration!r}")
-    n = float(m[1]) * {'': 1, 'K': 1e3, 'M': 1e6, 'B': 1e9, 'T': 1e12}[m[2]]
+    m = re.fullmatch(r'(\d+\.?\d*(?:e\d+)?)\s*([KMBT]?)\s*(steps|tokens|%|)', str(duration).strip())
+    n = float(m[1]) * {'': 1, 'K': 1e3, 'M': 1e6, 'B': 1e9, 'T': 1e12}[m[2]] if m else 0.5
+    if (m and m[3] == '%' and max_steps is None) or (n % 1 and not (m and m[3] in ('%', 'tokens'))):
+        raise UsageError(f"{name} must be a number of steps, or like '1000 steps', '1.2B tokens'{'' if max_steps is None else ' or 40%'}, not {duration!r}")
     return round(n / tokens_per_step if m[3] == 'tokens' else n * max_steps / 100 if m[3] == '%' else n)
 
 
@@ -170,7 +174,7 @@ class Windows:
         for file in meta[split]['files']:
             path = Path(folder) / file['name']
             if not path.is_file() or path.stat().st_size != file['tokens'] * dtype.itemsize:
-                raise UsageError(f"{path} is missing or not the {file['tokens']} tokens that meta.json says: prepare the data again")
+                raise UsageError(f"{path} is missing or not the {file['tokens']} tokens that meta.json says: prepare the data again", here=True)
             self.parts.append(np.memmap(path, dtype=dtype, mode='r') if file['tokens'] else np.zeros(0, dtype))
             starts.append(starts[-1] + file['tokens'])
         self.starts = np.array(starts)
@@ -207,33 +211,51 @@ class Windows:
         return self.batch(starts)
 
 
+def read_ahead(read, numbers, depth=4):
+    """Yields read(n) for n in numbers; a thread is up to `depth` of them ahead."""
+    with ThreadPoolExecutor(1) as thread:
+        ahead = deque(thread.submit(read, next(numbers)) for _ in range(depth))
+        while True:
+            yield ahead.popleft().result()
+            ahead.append(thread.submit(read, next(numbers)))
+
+
+def verify(folder, meta, part, parts):
+    """Hash every parts-th token file, from number `part` on, and refuse what meta.json does not know."""
+    for file in [f for split in ('train', 'val') for f in meta[split]['files']][part::parts]:
+        digest = hashlib.sha256()
+        with open(Path(folder) / file['name'], 'rb') as f:
+            while block := f.read(2**20):
+                digest.update(block)
+        if digest.hexdigest() != file['sha256']:
+            raise UsageError(f"{Path(folder) / file['name']} was changed: its sha256 is not the one in meta.json; prepare the data again", here=True)
+
+
 @torch.no_grad()
 def evaluate(model, val, cfg, device, autocast, halting, rank=0, world=1):
-    """Packed pass over the first eval_tokens of val. Returns a dict: loss (nats a token), ppl, depth, active (share that ran iteration 1 .. n_iter),
+    """A pass over eval_tokens of val. Returns a dict: loss (nats a token), ppl, depth, active (share that ran iteration 1 .. n_iter),
     flops_saved against fixed depth, nll_by_depth."""
     K = model.cfg.n_iter
     n = max(1, min(val.n, cfg.eval_tokens // cfg.block_size))
     sums = torch.zeros(2, K, dtype=torch.float64)  # tokens and their NLL, by depth
-    mine = list(range(rank, n, world))
+    mine = range(rank, n, world)
+    execution = 'packed' if device.type == 'cpu' and halting is None else 'dense'  # the same function; compiled kernels want one shape
     for i in range(0, len(mine), cfg.batch_size):
-        x = val.batch([w * cfg.block_size for w in mine[i:i + cfg.batch_size]]).to(device)
+        x = val.batch([w * val.n // n * cfg.block_size for w in mine[i:i + cfg.batch_size]]).to(device)
         with autocast():
-            out = model(x[:, :-1], x[:, 1:], execution='packed', halting=halting)
+            out = model(x[:, :-1], x[:, 1:], execution=execution, halting=halting)
         d = out.depth.flatten().cpu() - 1
         sums[0].index_add_(0, d, torch.ones(len(d), dtype=torch.float64))
         sums[1].index_add_(0, d, out.nll.flatten().double().cpu())
     if world > 1:
-        sums = sums.to(device)
         dist.all_reduce(sums)
-        sums = sums.cpu()
-    count, nll = sums
-    depths, context = torch.arange(1, K + 1), (cfg.block_size + 1) / 2
-    flops = (model.cfg.inference_flops(depths, context) * count).sum() / count.sum()
-    loss = float(nll.sum() / count.sum())
-    fixed = AdaPonderConfig(**{**asdict(model.cfg), 'halting': False}).inference_flops(K, context)  # PonderLM has no gates to pay for
-    return dict(loss=loss, ppl=math.exp(min(loss, 50)), depth=float((depths * count).sum() / count.sum()),
-                active=[float(count[i:].sum() / count.sum()) for i in range(K)], flops_saved=float(1 - flops / fixed),
-                nll_by_depth=[float(x / c) if c else None for x, c in zip(nll, count)])
+    tokens, nll = sums
+    share, depths, context = tokens / tokens.sum(), torch.arange(1, K + 1), (cfg.block_size + 1) / 2
+    fixed = replace(model.cfg, halting=False)  # PonderLM has no gates to pay for, nor have we while they stay out
+    flops = (model.cfg if halting is None else fixed).inference_flops(depths, context)
+    loss = float(nll.sum() / tokens.sum())
+    return dict(loss=loss, ppl=math.exp(min(loss, 50)), depth=float((depths * share).sum()), active=[float(share[i:].sum()) for i in range(K)],
+                flops_saved=float(1 - (flops * share).sum() / fixed.inference_flops(K, context)), nll_by_depth=[float(x / c) if c else None for x, c in zip(nll, tokens)])
 
 
 def peak_flops(device):
@@ -252,6 +274,17 @@ def peak_flops(device):
         b.sum().item()
         seconds = time.perf_counter() - t
     return n * 2 * 1024 ** 3 / seconds
+
+
+def peak_memory(device):
+    """Bytes: of the GPU, or of the whole process."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
 def save_checkpoint(path, state):
@@ -303,6 +336,8 @@ def main(argv):
         raise UsageError(f'gradient_accumulation_steps ({cfg.gradient_accumulation_steps}) must be a multiple of the number of processes ({world})')
     if min(cfg.batch_size, cfg.block_size, cfg.gradient_accumulation_steps, cfg.log_interval) < 1:
         raise UsageError('batch_size, block_size, gradient_accumulation_steps and log_interval must be at least 1')
+    if not 0 <= cfg.k_max <= 1 or min(cfg.ponder_lambda, cfg.learning_rate, cfg.final_lr, cfg.grad_clip) < 0:
+        raise UsageError('k_max must lie in 0 .. 1; ponder_lambda, learning_rate, final_lr and grad_clip must not be negative')
     master = rank == 0
     say = tqdm.write if master else lambda *a: None
     tokens_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size
@@ -311,32 +346,35 @@ def main(argv):
         in_steps(name, getattr(cfg, name), tokens_per_step, max_steps)
         for name in ('ponder_start', 'ponder_full', 'freeze_backbone', 'warmup', 'eval_interval', 'ckpt_interval'))
 
-    # data; one process looks first, so that the default set is made once
-    if not (Path(cfg.data_dir) / 'meta.json').is_file():
-        if Path(cfg.data_dir) != Path('data/stdlib'):
-            raise UsageError(f'no data in {cfg.data_dir}: make it with python prepare_data.py PATH ... --tokenizer TOKENIZER --out {cfg.data_dir}, '
+    # data; the default set is made once, while the other processes wait for the group
+    data_dir, out_dir = Path(cfg.data_dir), Path(cfg.out_dir)
+    meta_file, ckpt_path = data_dir / 'meta.json', out_dir / 'ckpt.pt'
+    if not meta_file.is_file():
+        if data_dir != Path('data/stdlib'):
+            raise UsageError(f'no data in {data_dir}: make it with "python prepare_data.py PATH ... --tokenizer TOKENIZER --out {data_dir}", '
                              'or give --data_dir=data/stdlib')
         if master:
-            prepare(['stdlib'], cfg.data_dir)
-    if world > 1:
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
-    while not (meta_file := Path(cfg.data_dir) / 'meta.json').is_file():
-        time.sleep(1)
-    meta = json.loads(meta_file.read_text())
-    vocab_size = cfg.vocab_size or -(-meta['vocab_size'] // 64) * 64
-    out_dir = Path(cfg.out_dir)
+            prepare(['stdlib'], data_dir)
     if master:
         out_dir.mkdir(parents=True, exist_ok=True)
         held = lock(out_dir)  # noqa: F841, held until the process ends
-    if world > 1:  # a rank that runs other code or data would train another model without a word
-        code = b''.join(Path(f).read_bytes() for f in (__file__, model_py.__file__, meta_file))
-        prints = [None] * world
-        dist.all_gather_object(prints, hashlib.sha256(code + repr(cfg).encode()).hexdigest())
-        if len(set(prints)) > 1:
-            raise UsageError(f'ranks {[r for r, p in enumerate(prints) if p != prints[0]]} run other code, config or data than rank 0')
+    if world > 1:  # a rank that runs other code or data, or does not see the checkpoint, would train another model without a word
+        dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo')
+        files = [Path(__file__), Path(model_py.__file__), meta_file]
+        mine = [hashlib.sha256(f.read_bytes() if f.is_file() else b'').hexdigest() for f in files]
+        mine += [repr(cfg), cfg.resume and ckpt_path.is_file() and ckpt_path.stat().st_size]
+        everyone = [None] * world
+        dist.all_gather_object(everyone, mine)
+        for i, what in enumerate(('another train.py', 'another model.py', 'another meta.json', 'another config', f'another {ckpt_path}')):
+            if others := [r for r, theirs in enumerate(everyone) if theirs[i] != everyone[0][i]]:
+                raise UsageError(f'process {", ".join(map(str, others))} has {what} than process 0: all nodes need the same files, on a shared disk or copied')
+    try:
+        meta = json.loads(meta_file.read_text())
+        vocab_size = cfg.vocab_size or -(-meta['vocab_size'] // 64) * 64
+    except (ValueError, KeyError, TypeError) as e:
+        raise UsageError(f'{meta_file} was not written by prepare_data.py ({type(e).__name__}: {e})')
 
     # model
-    ckpt_path = out_dir / 'ckpt.pt'
     torch.manual_seed(cfg.seed)
     shape = {f.name: getattr(cfg, f.name) for f in fields(AdaPonderConfig) if hasattr(cfg, f.name)}
     own = {k: shape[k] for k in ('n_iter', 'halting', 'tau', 'gate_width', 'gate_bias', 'pool', 'feedback')}  # what a loaded backbone may be given anew
@@ -358,8 +396,10 @@ def main(argv):
     if cfg.block_size > model.cfg.block_size or meta['vocab_size'] > model.cfg.vocab_size:
         raise UsageError(f'the model takes {model.cfg.block_size} tokens of a vocabulary of {model.cfg.vocab_size}; '
                          f'block_size is {cfg.block_size}, the data has {meta["vocab_size"]} token ids')
-    train = Windows(cfg.data_dir, meta, 'train', cfg.block_size, model.cfg.vocab_size, cfg.seed)
-    val = Windows(cfg.data_dir, meta, 'val', cfg.block_size, model.cfg.vocab_size)
+    train = Windows(data_dir, meta, 'train', cfg.block_size, model.cfg.vocab_size, cfg.seed)
+    val = Windows(data_dir, meta, 'val', cfg.block_size, model.cfg.vocab_size)
+    if cfg.verify_data:
+        verify(data_dir, meta, local_rank, int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
     model.to(device).remat = cfg.remat
     say(f'{sum(p.numel() for p in model.parameters()):,} parameters, {tokens_per_step:,} tokens a step, '
         f'{max_steps:,} steps, {train.n * cfg.block_size:,} train tokens, {device}, {world} process{"es" * (world > 1)}')
@@ -367,34 +407,43 @@ def main(argv):
     # optimizer: matrices decay, vectors do not
     groups = [dict(params=[p for p in model.parameters() if p.dim() > 1], weight_decay=cfg.weight_decay),
               dict(params=[p for p in model.parameters() if p.dim() <= 1], weight_decay=0.0)]
-    adamw = dict(lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2))
+    adamw = dict(lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=device.type in ('cpu', 'cuda'))
     if cfg.shard_optimizer and world > 1:
         from torch.distributed.optim import ZeroRedundancyOptimizer
         optimizer = ZeroRedundancyOptimizer(groups, optimizer_class=torch.optim.AdamW, **adamw)
     else:
-        optimizer = torch.optim.AdamW(groups, fused=device.type == 'cuda', **adamw)
+        optimizer = torch.optim.AdamW(groups, **adamw)
 
-    step = 0
+    step, log_path = 0, out_dir / 'log.jsonl'
     if resumed:
-        before, now = resumed['train_config'], asdict(cfg)
+        before, now, step = resumed['train_config'], asdict(cfg), resumed['step']
         changed = [k for k in now if before.get(k) != now[k] and k not in ('resume', 'device', 'out_dir')]
         fatal = [k for k in changed if k in shape or k in ('seed', 'batch_size', 'gradient_accumulation_steps')]
+        if (S0 <= step) != (resumed['ponder_start'] <= step):
+            fatal.append(f'ponder_start, in steps ({resumed["ponder_start"]}, now {S0}: the gates would act at another time)')
         if fatal:
             raise UsageError(f'{ckpt_path} was trained with other values of {", ".join(fatal)}: give them back, or another --out_dir, or --resume=False')
         if {**resumed['meta'], 'source': 0} != {**meta, 'source': 0}:
-            raise UsageError(f'{ckpt_path} was trained on other data than {cfg.data_dir} now holds: give another --out_dir, or --resume=False')
+            raise UsageError(f'{ckpt_path} was trained on other data than {data_dir} now holds: give another --out_dir, or --resume=False')
         for k in changed:
             say(f'changed since the checkpoint: {k} = {before.get(k)!r} -> {now[k]!r}')
         optimizer.load_state_dict(resumed['optimizer'])
         torch.set_rng_state(resumed['rng'])
-        step = resumed['step']
         say(f'going on from {ckpt_path} at step {step}')
         del resumed
-    elif master:
+    if master:
+        kept = []  # of the log: what was written before the checkpoint; a last line may be torn
+        for line in log_path.read_text().splitlines() if step and log_path.is_file() else []:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if record['step'] < step + ('loss' in record):
+                kept.append(line + '\n')
+        log_path.write_text(''.join(kept))
         for name in ('meta.json', 'tokenizer.tiktoken', 'tokenizer.json'):  # so that sampling needs nothing but out_dir
-            if (Path(cfg.data_dir) / name).exists():
-                shutil.copyfile(Path(cfg.data_dir) / name, out_dir / name)
-        (out_dir / 'log.jsonl').unlink(missing_ok=True)
+            if (data_dir / name).is_file():
+                shutil.copyfile(data_dir / name, out_dir / name)
     if cfg.compile and device.type == 'cuda':
         model.backbone = torch.compile(model.backbone)  # one graph, used by all iterations
 
@@ -404,20 +453,31 @@ def main(argv):
             return 'all'
         return 'backbone' if step < S0 else 'gates' if step < S0 + freeze else 'all'
 
+    def anyone(flag):
+        """True on all processes where it is on one: they decide alike."""
+        flag = torch.tensor(float(bool(flag)))
+        if world > 1:
+            dist.all_reduce(flag)
+        return bool(flag)
+
     def checkpoint():
+        """False if it could not be written."""
         if isinstance(optimizer, torch.optim.AdamW):
             state = optimizer.state_dict()
         else:
             optimizer.consolidate_state_dict(to=0)
             state = optimizer.state_dict() if master else None
-        if master:
-            save_checkpoint(ckpt_path, dict(adaponder=1, config=asdict(model.cfg), model=model.state_dict(), meta=meta, optimizer=state,
-                                            step=step, rng=torch.get_rng_state(), train_config=asdict(cfg)))
+        return not master or save_checkpoint(ckpt_path, dict(
+            adaponder=1, config=asdict(model.cfg), model=model.state_dict(), meta=meta, optimizer=state, step=step,
+            rng=torch.get_rng_state(), train_config=asdict(cfg), ponder_start=S0))
 
     def log(record):
         if master:
-            with open(out_dir / 'log.jsonl', 'a') as f:
-                f.write(json.dumps(record) + '\n')
+            try:
+                with open(log_path, 'a') as f:
+                    f.write(json.dumps(record) + '\n')
+            except OSError as e:
+                say(f'{log_path} not written ({e})')
             if wandb:
                 wandb.log(record, step=record['step'])
 
@@ -429,21 +489,18 @@ def main(argv):
             raise UsageError('wandb_log needs wandb: pip install wandb')
         wandb.init(project=cfg.wandb_project, name=out_dir.name, config=asdict(cfg), dir=str(out_dir))
 
-    stop = []  # Ctrl-C and SIGTERM: finish the step, save, leave
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, lambda number, frame: stop.append(number))
+    stop = []  # Ctrl-C and SIGTERM: drop the step, save, leave; a second Ctrl-C leaves at once
+
+    def on_signal(number, frame):
+        stop.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    handlers = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
 
     n_micro = cfg.gradient_accumulation_steps // world  # micro-batches of this process
-    reader = ThreadPoolExecutor(1)  # reads the next micro-batch while this one is computed
-
-    def read(step, j):
-        return reader.submit(train.train_batch, step * cfg.gradient_accumulation_steps + j * world + rank, cfg.batch_size)
-
-    train_flops = 3 * tokens_per_step * model.cfg.inference_flops(model.cfg.n_iter, (cfg.block_size + 1) / 2)  # dense; recomputation not counted
+    micro_batches = read_ahead(lambda n: train.train_batch(n, cfg.batch_size), count(step * cfg.gradient_accumulation_steps + rank, world))
     peak = peak_flops(device) * world
-    net, learning, skipped, waited, done, t0 = model, None, 0, 0.0, step, time.time()
-    bar = tqdm(total=max_steps, initial=step, disable=not master, dynamic_ncols=True, smoothing=0.05)
-    ahead = read(step, 0)
+    net, learning, leaving, skipped, saved, seconds, waited, done = model, None, False, 0, True, 0.0, 0.0, step
+    bar = tqdm(total=max_steps, initial=step, disable=None if master else True, dynamic_ncols=True, smoothing=0.05)
 
     while True:
         now = phase(step)
@@ -463,25 +520,32 @@ def main(argv):
             if world > 1:
                 net = DDP(model, device_ids=[local_rank] if device.type == 'cuda' else None, gradient_as_bucket_view=True)
             learning = now
+            flops = replace(model.cfg, halting=bool(model.gates) and now != 'backbone').inference_flops(model.cfg.n_iter, (cfg.block_size + 1) / 2)  # dense, forward
+            flops *= 2 if now == 'gates' else 3  # backward: twice that, once where no weight of the backbone wants a gradient
 
+        started = time.time()
         lr = cfg.learning_rate * min(1.0, (step + 1) / max(1, warmup)) * (
             cfg.final_lr + (1 - cfg.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max_steps))))
         for group in optimizer.param_groups:
             group['lr'] = lr
         k = cfg.k_max * min(1.0, max(0.0, (step - S0) / max(1, S1 - S0)))
 
-        totals = torch.zeros(3, device=device)  # loss, ce, depth
+        totals = torch.zeros(4, device=device)  # loss, ce, ponder loss, depth
         for j in range(n_micro):
+            if leaving := anyone(stop):
+                break
             t = time.time()
-            x = ahead.result()
+            x = next(micro_batches)
             waited += time.time() - t
-            ahead = read(*((step, j + 1) if j + 1 < n_micro else (step + 1, 0)))
             x = x.to(device, non_blocking=True)
             with net.no_sync() if world > 1 and j + 1 < n_micro else nullcontext():
                 with autocast():
                     out = net(x[:, :-1], x[:, 1:], halting=halting, k=torch.tensor(k, device=device), ponder_lambda=cfg.ponder_lambda)
                 (out.loss / n_micro).backward()
-            totals += torch.stack([out.loss.detach(), out.ce_loss.detach(), out.depth.float().mean()]) / n_micro
+            totals += torch.stack([out.loss.detach(), out.ce_loss.detach(), out.ponder_loss.detach(), out.depth.float().mean()]) / n_micro
+        if leaving:
+            saved = checkpoint()
+            break
         norm = float(torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], cfg.grad_clip))
         if math.isfinite(norm):  # after DDP's sum a bad rank shows on all ranks: they agree without asking
             optimizer.step()
@@ -491,55 +555,61 @@ def main(argv):
             say(f'step {step}: the gradient is not finite, step skipped ({skipped} in a row)')
         optimizer.zero_grad(set_to_none=True)
         step += 1
+        seconds += time.time() - started
         bar.update()
 
-        flag = torch.tensor(float(bool(stop)), device=device)
-        if world > 1:
-            dist.all_reduce(flag)
-        leaving = bool(flag > 0)
         if step % cfg.log_interval == 0 or step == max_steps:
             if world > 1:
                 dist.all_reduce(totals)
-            loss, ce, depth = (totals / world).tolist()
-            seconds = time.time() - t0
+            loss, ce, ponder, depth = (totals / world).tolist()
             speed = (step - done) * tokens_per_step / seconds
-            mfu = speed / tokens_per_step * train_flops / peak
-            bar.set_postfix_str(f'loss {loss:.3f} depth {depth:.2f} {speed / 1e3:.1f}k tok/s MFU {mfu:.0%}')
-            gates = [g[g > 0] for g in out.gates.flatten(0, 1).unbind(-1)] if now != 'backbone' else []
-            log(dict(step=step, tokens=step * tokens_per_step, loss=loss, ce=ce, depth=depth, lr=lr, k=k, grad_norm=norm, tokens_per_second=speed, mfu=mfu,
-                     waited=waited / seconds, memory=torch.cuda.max_memory_allocated() if device.type == 'cuda' else None,
-                     ponder_loss=float(out.ponder_loss), gate_mean=[float(g.mean()) if len(g) else None for g in gates],
-                     gate_under_tau=[float((g < model.cfg.tau).float().mean()) if len(g) else None for g in gates]))
-            waited, done, t0 = 0.0, step, time.time()
+            mfu = speed * flops / peak
+            line = f'loss {loss:.3f} depth {depth:.2f} {speed / 1e3:.1f}k tok/s MFU {mfu:.0%}'
+            bar.set_postfix_str(line)
+            if bar.disable:  # not on a terminal
+                say(f'step {step}: {line}')
+            gates = [out.gates[..., i][out.depth > i].float() for i in range(out.gates.size(-1))] if now != 'backbone' else []
+            gates = [g.sort().values for g in gates if len(g)]  # of the tokens that reached them, process 0's last micro-batch
+            log(dict(step=step, tokens=step * tokens_per_step, loss=loss, ce=ce, ponder_loss=ponder, depth=depth, lr=lr, k=k, grad_norm=norm,
+                     tokens_per_second=speed, mfu=mfu, waited=waited / seconds, memory=peak_memory(device), gate_mean=[float(g.mean()) for g in gates],
+                     gate_under_tau=[float((g < model.cfg.tau).float().mean()) for g in gates],
+                     gate_bottom_k=[float(g[:max(1, round(k * len(g)))].mean()) for g in gates]))
+            seconds, waited, done = 0.0, 0.0, step
         if skipped == 10:
             bar.close()
-            say(f'ten steps in a row without a finite gradient: stopped, {ckpt_path} holds the last good state; try a smaller learning_rate')
+            say('ten steps in a row without a finite gradient: stopped; try a smaller learning_rate'
+                + f'; {ckpt_path} holds the last good state' * ckpt_path.is_file())
             raise SystemExit(1)
-        if (step % max(1, ckpt_interval) == 0 or step == max_steps or leaving) and not skipped:
-            checkpoint()
-        if leaving:
-            bar.close()
-            say(f'stopped at step {step}; the same command goes on from {ckpt_path}')
-            break
+        if (step % max(1, ckpt_interval) == 0 and not skipped) or step == max_steps:
+            saved = checkpoint()
 
     bar.close()
-    reader.shutdown(wait=False, cancel_futures=True)
-    if master and step >= max_steps:
+    micro_batches.close()
+    for s, handler in handlers.items():
+        signal.signal(s, handler)
+    if leaving:
+        say(f'stopped at step {step}' + (f'; the same command goes on from {ckpt_path}' if saved else ', not saved'))
+    elif master:
         say(f'\n{out_dir}: val loss {result["loss"]:.4f} nats/token (perplexity {result["ppl"]:.3f}), mean depth {result["depth"]:.2f} of {model.cfg.n_iter}, '
             f'{1 - sum(result["active"][1:]) / max(1, model.cfg.n_iter - 1):.1%} of the gated iterations halted, '
             f'inference FLOPs saved against fixed depth: {result["flops_saved"]:.1%}')
+        say(f'see which tokens it thought longer about: python sample.py --ckpt {ckpt_path} --depth')
         if cfg.sample_tokens:
-            enc = load_tokenizer(meta, cfg.data_dir)
+            model.__dict__.pop('backbone', None)  # the compiled one wants whole sequences
+            enc = load_tokenizer(meta, data_dir)
             prompt = val.tokens(0, min(32, cfg.block_size)).tolist()
             steps = model.stream([prompt], cfg.sample_tokens, temperature=0.8, top_k=50, generator=torch.Generator().manual_seed(cfg.seed))
             say(f'\n{enc.decode(prompt)}|{enc.decode([s.token for s in steps if s.token < meta["vocab_size"]])}\n')
-        say(f'see which tokens it thought longer about: python sample.py --ckpt {ckpt_path} --depth')
     if world > 1:
         dist.destroy_process_group()
+    if not saved:
+        raise SystemExit(1)
 
 
 if __name__ == '__main__':
     try:
         main(sys.argv[1:])
     except ValueError as e:  # what model.py and the data reader refuse
-        raise UsageError(str(e))
+        raise UsageError(str(e), here=True)
+    except KeyboardInterrupt:
+        raise SystemExit(130)

@@ -10,3 +10,5 @@ batch_size = 16
 max_steps = 850
 learning_rate = 3e-3
 warmup = 20
+eval_interval = '25%'
+eval_tokens = 24576

@@ -1,0 +1,21 @@
+# Gates for a trained model of 1.4B: alone for the first 1B tokens with the backbone frozen, then everything.
+# --init_from=DIR is a Hugging Face folder of a PonderPythia, whose shape and scale_embeds are honoured. A vanilla Pythia has
+# to learn to ponder first: give --freeze_backbone=0 and a later --ponder_start. --halting=False is the fixed-depth baseline.
+out_dir = 'out/continue_1.4b'
+data_dir = 'data/pile'     # python prepare_data.py PILE/*.jsonl.zst --tokenizer tokenizer.json --out data/pile --shard_tokens 1e9
+init_from = './checkpoints/ponderpythia-1.4b'
+block_size = 2048
+n_iter = 4
+pool = 'all'
+k_max = 0.1
+ponder_lambda = 0.1
+ponder_start = 0
+freeze_backbone = '1B tokens'
+ponder_full = '2B tokens'
+batch_size = 2
+gradient_accumulation_steps = 512  # times batch_size: 1024 sequences a step
+max_steps = '26B tokens'
+learning_rate = 2e-4
+eval_interval = '5%'
+eval_tokens = 2**21
+ckpt_interval = '1%'

@@ -18,12 +18,14 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 import types
 import urllib.error
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,6 +39,7 @@ import bench
 import model as model_py
 import prepare_data
 import sample as sample_py
+import train
 from model import AdaPonderConfig, AdaPonderLM, load_checkpoint, sample
 from prepare_data import EOT
 from sample import CONTROL
@@ -1458,6 +1461,478 @@ def test_standard_library_is_the_default(tmp_path):
     meta = prepare_data.prepare(out=tmp_path / 'out')
     assert meta['source'] == ['stdlib'] and meta['train']['documents'] > 300 and meta['train']['bytes'] > 5e6 and meta['val']['documents'] > 3
     assert any('import ' in t for t in split_texts(tmp_path / 'out', 'val'))
+
+
+# train.py
+
+TINY = dict(block_size=16, n_layer=1, n_head=2, n_embd=16, n_iter=3, tau=0.978, batch_size=2, gradient_accumulation_steps=4, max_steps=20, learning_rate=6e-3, warmup=3,
+            ponder_start=6, ponder_full=12, freeze_backbone=5, k_max=0.3, eval_interval=8, eval_tokens=200, ckpt_interval=5, log_interval=1, sample_tokens=0,
+            device='cpu')  # steps 0 .. 5 without gates, 6 .. 10 gates alone, then everything
+
+
+def write_data(folder, vocab_size=257, train=(2000, 1500), val=(900,)):
+    """A data folder as prepare_data.py writes it: a noisy sequence over 61 bytes."""
+    folder.mkdir()
+    rng, meta = np.random.default_rng(0), dict(
+        adaponder_data=1, tokenizer='bytes', tokenizer_sha256='668761b340232a7197aeecd0008527936c5ef98045c844360174691f4216e5ec', vocab_size=vocab_size,
+        eot=256, dtype='uint16', source=[])
+    for split, lengths in dict(train=train, val=val).items():
+        files = []
+        for i, n in enumerate(lengths):
+            data = (np.arange(n) * 7 % 61 + rng.integers(0, 3, n)).astype('uint16').tobytes()
+            (folder / f'{split}_{i}.bin').write_bytes(data)
+            files.append(dict(name=f'{split}_{i}.bin', tokens=n, sha256=hashlib.sha256(data).hexdigest()))
+        meta[split] = dict(tokens=sum(lengths), files=files)
+    (folder / 'meta.json').write_text(json.dumps(meta))
+    return folder
+
+
+def arguments(data_dir, out_dir, **kw):
+    return [f'--{k}={v}' for k, v in {**TINY, 'data_dir': data_dir, 'out_dir': out_dir, **kw}.items()]
+
+
+def run_train(data_dir, out_dir, at=None, **kw):
+    """train.main in this process. at: fn(n, loss) -> loss, called at every training micro-batch n. Returns the exit code."""
+    forward, n, handlers = AdaPonderLM.forward, count(), [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+
+    def counted(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        if torch.is_grad_enabled():
+            loss = at(next(n), out.loss)
+            out.loss = out.loss if loss is None else loss
+        return out
+    torch.set_default_dtype(torch.float64)  # Adam makes full steps of float32's noise where a gradient is zero, as that of the keys' biases is
+    try:
+        AdaPonderLM.forward = counted if at else forward
+        train.main(arguments(data_dir, out_dir, **kw))
+        return 0
+    except SystemExit as e:
+        return e.code
+    finally:
+        AdaPonderLM.forward = forward
+        torch.set_default_dtype(torch.float32)
+        for s, h in zip((signal.SIGINT, signal.SIGTERM), handlers):
+            signal.signal(s, h)
+
+
+def read_log(out_dir):
+    """log.jsonl without what the clock and the machine decide."""
+    records = [json.loads(line) for line in (out_dir / 'log.jsonl').read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k not in ('tokens_per_second', 'mfu', 'waited', 'memory')} for r in records]
+
+
+def tensors(state):
+    """Everything trained in a checkpoint: weights, and optimizer state by parameter."""
+    optimizer = {f'{i}.{k}': v for i, s in state['optimizer']['state'].items() for k, v in s.items()}
+    return {**state['model'], **optimizer, 'rng': state['rng'], 'step': torch.tensor(state['step'])}
+
+
+def distance(out_a, out_b):
+    """Largest difference between the checkpoints of two runs."""
+    a, b = (tensors(load_checkpoint(out / 'ckpt.pt')) for out in (out_a, out_b))
+    assert a.keys() == b.keys()
+    return max(float((a[k].double() - b[k].double()).abs().max()) for k in a)
+
+
+@pytest.fixture
+def one_thread():  # the models are tiny, and bit for bit means: with equally many threads
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope='module')
+def run_once(tmp_path_factory):
+    """A data folder and an uninterrupted run on it: the one that interrupted and distributed runs must equal."""
+    root = tmp_path_factory.mktemp('train')
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert run_train(write_data(root / 'data'), root / 'out') == 0
+    torch.set_num_threads(threads)
+    return root
+
+
+@pytest.fixture
+def trained(run_once, one_thread):
+    return run_once
+
+
+def test_the_loop_is_what_it_says(trained):
+    """The same run written out again: schedule, two stages, accumulation, clipping, decay groups, the windows of the order."""
+    state, log = load_checkpoint(trained / 'out/ckpt.pt'), read_log(trained / 'out')
+    steps = [r for r in log if 'loss' in r]
+    assert [r['step'] for r in steps] == list(range(1, 21)) and steps[-1]['tokens'] == 20 * 8 * 16
+    tokens = np.concatenate([np.fromfile(trained / f'data/train_{i}.bin', 'uint16') for i in range(2)]).astype('int64')
+    rng = np.random.default_rng([1337, 0])
+    offset, order = rng.integers(16), rng.permutation((3500 - 16) // 16)
+    torch.manual_seed(1337)
+    torch.set_default_dtype(torch.float64)
+    m = AdaPonderLM(AdaPonderConfig(**state['config']))
+    torch.set_default_dtype(torch.float32)
+    assert m.cfg.vocab_size == 320
+    opt = torch.optim.AdamW([dict(params=[p for p in m.parameters() if p.dim() > 1], weight_decay=0.01),
+                             dict(params=[p for p in m.parameters() if p.dim() == 1], weight_decay=0)], betas=(0.9, 0.95))
+    for step in range(20):
+        lr = 6e-3 * min(1, (step + 1) / 3) * (0.1 + 0.9 * (1 + math.cos(math.pi * step / 20)) / 2)
+        k = 0 if step < 6 else 0.3 * min(1, (step - 6) / 6)
+        for g in opt.param_groups:
+            g['lr'] = lr
+        losses, depths = [], []
+        for j in range(4):
+            at = [offset + 16 * order[((step * 4 + j) * 2 + b) % len(order)] for b in range(2)]
+            assert (step * 4 + j) * 2 + 1 < len(order)
+            x = torch.tensor(np.stack([tokens[a:a + 17] for a in at]))
+            out = m(x[:, :-1], x[:, 1:], halting=False if step < 6 else None, k=k, ponder_lambda=0.1)
+            assert step >= 6 or float(out.ponder_loss.detach()) == 0
+            (out.loss / 4).backward()
+            losses.append(out.loss.item())
+            depths.append(out.depth.double().mean().item())
+        for name, p in m.named_parameters():
+            if (step < 6 and name.startswith('gates')) or (6 <= step < 11 and not name.startswith('gates')):
+                p.grad = None
+        norm = torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0)
+        opt.step()
+        opt.zero_grad()
+        r = steps[step]
+        assert np.allclose([r['loss'], r['depth'], r['lr'], r['k'], r['grad_norm']], [np.mean(losses), np.mean(depths), lr, k, norm], rtol=1e-9)
+    assert max(float((p.detach() - state['model'][n]).abs().max()) for n, p in m.named_parameters()) < 1e-10
+    stats = steps[-1]  # and what the log says of the gates
+    assert all(len(stats[k]) == 2 for k in ('gate_mean', 'gate_under_tau', 'gate_bottom_k'))
+    for i in range(2):
+        g = out.gates[..., i][out.depth > i]
+        assert np.isclose(stats['gate_mean'][i], g.mean().item(), rtol=1e-9) and np.isclose(stats['gate_under_tau'][i], (g < 0.978).double().mean())
+        assert np.isclose(stats['gate_bottom_k'][i], g.sort().values[:round(0.3 * len(g))].mean(), rtol=1e-9)
+    # the evaluation: 12 windows of 16, evenly spread over the 55 of val
+    val = np.fromfile(trained / 'data/val_0.bin', 'uint16').astype('int64')
+    x = torch.tensor(np.stack([val[w * 55 // 12 * 16:][:17] for w in range(12)]))
+    out = m(x[:, :-1], x[:, 1:])
+    evals = [r for r in log if 'val_loss' in r]
+    assert [r['step'] for r in evals] == [8, 16, 20] and abs(evals[-1]['val_loss'] - out.ce_loss.item()) < 1e-10
+    assert np.allclose(evals[-1]['val_active'], [(out.depth > i).double().mean() for i in range(3)]) and 1 < evals[-1]['val_depth'] < 3
+    fixed = 3 * 24 * 16 * 16 + 3 * 4 * 8.5 * 16 + 2 * 4 * 16 * 320 + 2 * 16 * 320
+    spent = sum(d * (24 * 16 * 16 + 4 * 8.5 * 16) + (d - 1) * 4 * 16 * 320 + 2 * 16 * 320 + min(d, 2) * (8 * 16 * 16 + 8 * 16)
+                for d in out.depth.flatten().tolist()) / out.depth.numel()
+    assert abs(evals[-1]['val_flops_saved'] - (1 - spent / fixed)) < 1e-9
+
+
+def test_order_is_a_pure_function_without_repeats(trained):
+    meta = json.loads((trained / 'data/meta.json').read_text())
+    tokens = np.concatenate([np.fromfile(trained / f'data/train_{i}.bin', 'uint16') for i in range(2)])
+
+    def windows(seed=1337):
+        return train.Windows(trained / 'data', meta, 'train', 16, 257, seed)
+    w = windows()
+    starts = []
+    w.batch = lambda at: starts.extend(at)  # instead of reading
+    for i in range(200):
+        w.train_batch(i, 5)
+    for epoch in range(4):
+        at = starts[epoch * w.n:(epoch + 1) * w.n]
+        targets = np.concatenate([np.arange(a + 1, a + 17) for a in at])
+        assert len(np.unique(targets)) == len(targets) == w.n * 16 and targets.max() < 3500 and w.n == 217  # nothing is predicted twice
+    assert starts[:w.n] != starts[w.n:2 * w.n]
+    one = [windows().train_batch(i, 4) for i in range(60)]  # each from a fresh start, in the middle, over the borders of files and epochs
+    x = windows()
+    assert all(torch.equal(a, x.train_batch(i, 4)) for i, a in enumerate(one))
+    assert all(x.tolist() == tokens[a:a + 17].tolist() for x, a in zip(torch.cat(one), starts))
+    assert not torch.equal(one[0], windows(seed=1).train_batch(0, 4))
+    for world in (2, 4):  # the processes share out what one process reads
+        ranks = [train.read_ahead(lambda n: windows().train_batch(n, 4), count(8 + r, world)) for r in range(world)]
+        for i in range(8, 24):
+            assert torch.equal(next(ranks[i % world]), one[i])
+        for r in ranks:
+            r.close()
+
+
+def test_resume_is_exact_in_every_phase(trained, capsys):
+    out = trained / 'resumed'
+    for stop, number in ((3, signal.SIGTERM), (8, signal.SIGINT), (15, signal.SIGTERM), (None, None)):
+        done = load_checkpoint(out / 'ckpt.pt')['step'] if out.exists() else 0
+
+        def at(n, loss):
+            if stop and n == (stop - done) * 4 + 1:  # in the middle of a step
+                os.kill(os.getpid(), number)
+        assert run_train(trained / 'data', out, at) == 0
+        text = capsys.readouterr().out
+        if stop:
+            assert f'stopped at step {stop}; the same command goes on from {out}' in text and load_checkpoint(out / 'ckpt.pt')['step'] == stop
+            with open(out / 'log.jsonl', 'a') as f:  # what a kill may leave behind: steps after the checkpoint, a torn line
+                f.write(f'{{"step": {stop + 1}, "loss": 1.0}}\n{{"step": {stop}, "val_loss": 1.0}}\n{{"step": 9')
+    assert f'going on from {out / "ckpt.pt"} at step 15' in text and 'mean depth' in text
+    assert distance(out, trained / 'out') == 0 and read_log(out) == read_log(trained / 'out')
+    assert run_train(trained / 'data', out) == 0  # a finished run shows its result again
+    assert read_log(out) == read_log(trained / 'out')
+
+
+def subprocess_env(**kw):
+    return {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(HERE), **{k: str(v) for k, v in kw.items()}}
+
+
+def test_kill_9_at_any_moment(trained, tmp_path):
+    """Killed again and again while it writes a checkpoint every step, the run ends with the weights of the undisturbed one."""
+    code = '''
+import json, os, random, signal, sys, time
+import torch, train
+out, argv = sys.argv[1], sys.argv[2:]
+torch.set_num_threads(1)
+torch.set_default_dtype(torch.float64)
+random.seed(0)
+seen = []
+while not seen or seen[-1] < 20:
+    pid = os.fork()
+    if not pid:
+        sys.stdout = sys.stderr
+        train.main(argv)
+        os._exit(0)
+    old = os.stat(out).st_mtime_ns if seen else None
+    while len(seen) < 7 and (os.stat(out).st_mtime_ns if os.path.exists(out) else None) == old:
+        time.sleep(0.001)
+    if len(seen) < 7:  # it has come past the last checkpoint: strike
+        time.sleep(random.random() * 0.05)
+        os.kill(pid, signal.SIGKILL)
+    status = os.waitpid(pid, 0)[1]
+    seen.append(train.load_checkpoint(out)['step'])
+print(json.dumps(seen))
+'''
+    done = subprocess.run([sys.executable, '-c', code, tmp_path / 'ckpt.pt', *arguments(trained / 'data', tmp_path, ckpt_interval=1)],
+                          env=subprocess_env(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    assert len(seen) > 3 and seen == sorted(seen) and seen[-1] == 20
+    assert distance(tmp_path, trained / 'out') == 0 and read_log(tmp_path) == read_log(trained / 'out')
+
+
+def test_torchrun_survives_a_killed_process(trained, tmp_path):
+    """Two processes, one of them killed in stage 2: torchrun starts them again, and they end where one process does."""
+    (tmp_path / 'run.py').write_text('''
+import os, signal, sys
+import torch, train
+forward, n = train.AdaPonderLM.forward, 0
+def counted(self, *args, **kw):
+    global n
+    n += torch.is_grad_enabled()
+    if os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and n == 17:  # step 8, gates alone
+        os.kill(os.getpid(), signal.SIGKILL)
+    return forward(self, *args, **kw)
+train.AdaPonderLM.forward = counted
+torch.set_default_dtype(torch.float64)
+train.main(sys.argv[1:])
+''')
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max-restarts=1', tmp_path / 'run.py',
+                           *arguments(trained / 'data', tmp_path / 'out')], env=subprocess_env(TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 'at step 5' in done.stdout and done.stdout.count('parameters, 128 tokens a step') == 2 and '2 processes' in done.stdout
+    assert distance(tmp_path / 'out', trained / 'out') < 1e-9
+    for a, b in zip(read_log(tmp_path / 'out'), read_log(trained / 'out'), strict=True):
+        assert all(np.allclose(a[k] or 0, b[k] or 0, rtol=1e-8) for k in ('step', 'tokens', 'loss', 'ce', 'depth', 'grad_norm', 'val_loss', 'val_depth') if k in b)
+
+
+def test_two_processes_agree(trained, tmp_path):
+    """Other data or config on one process is refused; a NaN or a SIGTERM on one is everyone's; a sharded optimizer's checkpoint goes on in one process."""
+    code = '''
+import os, signal, sys
+import torch, torch.distributed as dist, train
+data, out, *rest = sys.argv[1:]
+ports, argv = [a for a in rest if a[:2] != '--'], [a for a in rest if a[:2] == '--']
+torch.set_default_dtype(torch.float64)
+rank, forward = int(os.environ['RANK']), train.AdaPonderLM.forward
+def run(hit, argv):
+    n = 0
+    def counted(self, *args, **kw):
+        nonlocal n
+        o = forward(self, *args, **kw)
+        n += torch.is_grad_enabled()
+        return hit(n, o) or o
+    train.AdaPonderLM.forward = counted
+    os.environ['MASTER_PORT'] = ports.pop()
+    try:
+        train.main(argv)
+        return 0
+    except SystemExit as e:
+        dist.destroy_process_group()
+        return e.code
+def nan(n, o):
+    if rank == 1 and n == 8:
+        o.loss = o.loss * float('nan')
+def term(n, o):
+    if rank == 1 and n == 16:
+        os.kill(os.getpid(), signal.SIGTERM)
+codes = [run(lambda n, o: None, argv + [f'--out_dir={out}/a', f'--learning_rate={rank}.5']),
+         run(lambda n, o: None, argv + [f'--out_dir={out}/a', f'--data_dir=data', '--resume=False'] + (os.chdir(f'{out}/{rank}') or [])),
+         run(nan, argv + [f'--out_dir={out}/nan', f'--data_dir={data}']),
+         run(term, argv + [f'--out_dir={out}/sharded', f'--data_dir={data}', '--shard_optimizer=True', '--remat=True'])]
+print('codes', codes)
+'''
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+        write_data(tmp_path / f'{rank}/data', val=(900 + rank,))
+    ports = [free_port() for _ in range(4)]
+    ranks = [subprocess.Popen([sys.executable, '-c', code, trained / 'data', tmp_path, *map(str, ports), *arguments(trained / 'data', tmp_path)],
+                              env=subprocess_env(RANK=r, WORLD_SIZE=2, LOCAL_RANK=r, LOCAL_WORLD_SIZE=2, MASTER_ADDR='127.0.0.1'),
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in range(2)]
+    (out, err), (_, err1) = (p.communicate(timeout=120) for p in ranks)
+    assert [p.returncode for p in ranks] == [0, 0] and 'codes [2, 2, 0, 0]' in out, err + err1
+    assert 'process 1 has another config than process 0' in err and 'process 1 has another meta.json than process 0' in err
+    assert out.count('the gradient is not finite, step skipped (1 in a row)') == 1 and 'step 3: the gradient is not finite' in out
+    assert run_train(trained / 'data', tmp_path / 'one', lambda n, loss: loss * math.nan if n == 15 else None) == 0
+    assert distance(tmp_path / 'nan', tmp_path / 'one') < 1e-9
+    assert 'stopped at step 8' in out and load_checkpoint(tmp_path / 'sharded/ckpt.pt')['step'] == 8
+    assert run_train(trained / 'data', tmp_path / 'sharded') == 0
+    assert distance(tmp_path / 'sharded', trained / 'out') < 1e-9
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+def test_ten_bad_steps_give_up_with_the_last_good_checkpoint(trained, tmp_path, capsys):
+    def at(n, loss):
+        return loss * (math.inf if n % 8 else math.nan) if n == 30 or n >= 32 else None  # step 7, then all from 8 on
+    assert run_train(trained / 'data', tmp_path, at, max_steps=40) == 1
+    text = capsys.readouterr().out
+    assert 'step 16: the gradient is not finite, step skipped (10 in a row)' in text and 'holds the last good state' in text
+    state = load_checkpoint(tmp_path / 'ckpt.pt')
+    assert state['step'] == 5 and all(t.isfinite().all() for t in tensors(state).values())
+    assert run_train(trained / 'data', tmp_path, max_steps=40) == 0  # and goes on from there
+
+
+def test_disk_full_costs_one_checkpoint(trained, tmp_path, capsys):
+    resource = pytest.importorskip('resource')
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def at(n, loss):
+        if n == 24:  # from step 6 on no file may grow beyond a quarter of the checkpoint
+            resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / 'ckpt.pt').stat().st_size // 4, hard))
+        if n == 48:
+            assert not list(tmp_path.glob('*.tmp')) and load_checkpoint(tmp_path / 'ckpt.pt')['step'] == 5
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft if stays is None else stays, hard))
+    try:
+        stays = None
+        assert run_train(trained / 'data', tmp_path, at) == 0
+        assert capsys.readouterr().out.count('checkpoint not written') == 1 and distance(tmp_path, trained / 'out') == 0
+        stays = (tmp_path / 'ckpt.pt').stat().st_size // 4
+        assert run_train(trained / 'data', tmp_path, at, resume=False) == 1  # the last one failed: not a success
+        assert load_checkpoint(tmp_path / 'ckpt.pt')['step'] == 5
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize('kw, words', [
+    (dict(learning_rat=1), "unknown key 'learning_rat', did you mean 'learning_rate'?"), (dict(zzz=1), "unknown key 'zzz'; the keys are in TrainConfig"),
+    (dict(n_layer=1.5), 'n_layer must be int, not 1.5'), (dict(halting=1), 'halting must be bool, not 1'), (dict(n_layer=True), 'n_layer must be int, not True'),
+    (dict(learning_rate='fast'), "learning_rate must be float, not 'fast'"), (dict(max_steps='40%'), "max_steps must be a number of steps, or like '1000 steps' or '1.2B tokens', not '40%'"),
+    (dict(ponder_start='soon'), "or '40%' of max_steps, not 'soon'"), (dict(ponder_start=0.4), "or '40%' of max_steps, not '0.4'"), (dict(warmup='1.2.3 steps'), 'warmup must be'),
+    (dict(dtype='float16'), "dtype must be 'auto', 'float32' or 'bfloat16', not 'float16'"), (dict(batch_size=0), 'must be at least 1'), (dict(k_max=1.5), 'k_max must lie in 0 .. 1'),
+    (dict(n_embd=17), 'n_embd (17) must be divisible by n_head (2)'), (dict(pool='some'), 'pool must be'), (dict(vocab_size=200), 'the data has 257 token ids'),
+    (dict(init_from='nowhere.pt'), 'no checkpoint at nowhere.pt'), (dict(init_from='./nowhere'), 'no folder ./nowhere'), (dict(block_size=600), 'val split of'),
+    (dict(data_dir='data/pile'), 'no data in data/pile: make it with "python prepare_data.py PATH ... --tokenizer TOKENIZER --out data/pile"')])
+def test_train_refuses_nonsense(trained, tmp_path, capsys, monkeypatch, kw, words):
+    monkeypatch.chdir(tmp_path)
+    assert run_train(**{'data_dir': trained / 'data', 'out_dir': tmp_path / 'out', **kw}) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.startswith('train.py: ') and err.count('\n') == 1
+
+
+def test_train_refuses_bad_config_files(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(HERE)
+    (tmp_path / 'bad.py').write_text('max_steps = oops')
+    (tmp_path / 'typo.py').write_text('max_step = 5')
+    for argv, words in ([['config/huge.py'], 'no config file config/huge.py; there are config/continue_1.4b.py'], [[tmp_path / 'bad.py'], "NameError: name 'oops'"],
+                        [[tmp_path / 'typo.py'], f"{tmp_path / 'typo.py'}: unknown key 'max_step', did you mean 'max_steps'?"],
+                        [['config/tiny.py', '--tau'], '--tau has no value: write --tau=VALUE']):
+        with pytest.raises(SystemExit) as e:
+            train.load_config([str(a) for a in argv])
+        assert e.value.code == 2 and words in capsys.readouterr().err
+    cfg = train.load_config(['config/tiny.py', '--learning_rate=1', '--max_steps=1e3', '--out_dir=7'])
+    assert (cfg.n_embd, cfg.learning_rate, cfg.out_dir) == (96, 1.0, '7') and train.in_steps('x', cfg.max_steps, 5, None) == 1000
+    assert [train.in_steps('x', d, 1000, 200) for d in (7, '7', '40%', '1.5M tokens', '2K steps', '0.5%')] == [7, 7, 80, 1500, 2000, 1]
+
+
+def test_train_refuses_bad_data(trained, tmp_path, capsys):
+    def cut(folder):
+        os.truncate(folder / 'train_1.bin', 1000)
+
+    def change(folder):
+        with open(folder / 'train_1.bin', 'r+b') as f:
+            f.seek(100)
+            f.write(b'\1')
+
+    def beyond(folder):
+        np.full(2000, 400, 'uint16').tofile(folder / 'train_0.bin')
+
+    def no_json(folder):
+        (folder / 'meta.json').write_text('{}')
+    for i, (harm, words, kw) in enumerate([(cut, 'train_1.bin is missing or not the 1500 tokens', {}), (change, 'train_1.bin was changed: its sha256', {}),
+                                           (no_json, 'meta.json was not written by prepare_data.py', {}), (beyond, 'holds token 400, beyond vocab_size 320', dict(verify_data=False))]):
+        harm(write_data(tmp_path / f'data{i}'))
+        code = None
+        try:
+            code = run_train(tmp_path / f'data{i}', tmp_path / f'out{i}', **kw)
+            err = capsys.readouterr().err
+        except ValueError as e:  # what the command line turns into a sentence
+            err = str(e)
+        assert words in err and code in (2, None)
+    held = train.lock(trained / 'out')
+    assert run_train(trained / 'data', trained / 'out') == 2 and 'another run is writing to' in capsys.readouterr().err
+    held.close()
+
+
+def test_a_config_changed_on_resume_is_said_or_refused(trained, tmp_path, capsys):
+    shutil.copytree(trained / 'out', tmp_path / 'out')
+    write_data(tmp_path / 'data', val=(901,))
+    for kw, words in [(dict(n_embd=32), 'trained with other values of n_embd'), (dict(seed=1), 'of seed'), (dict(batch_size=4), 'of batch_size'), (dict(tau=0.5), 'of tau'),
+                      (dict(max_steps=40, ponder_start='90%'), 'the gates would act at another time'), (dict(data_dir=tmp_path / 'data'), 'was trained on other data than')]:
+        assert run_train(**{'data_dir': trained / 'data', 'out_dir': tmp_path / 'out', **kw}) == 2
+        assert words in capsys.readouterr().err
+    assert run_train(trained / 'data', tmp_path / 'out', max_steps=22, learning_rate=1e-3, ckpt_interval=50) == 0
+    text = capsys.readouterr().out
+    assert all(f'changed since the checkpoint: {w}' in text for w in ('max_steps = 20 -> 22', 'learning_rate = 0.006 -> 0.001', 'ckpt_interval = 5 -> 50'))
+    assert load_checkpoint(tmp_path / 'out/ckpt.pt')['step'] == 22
+    (tmp_path / 'out/ckpt.pt').write_bytes(b'junk')
+    assert run_train(trained / 'data', tmp_path / 'out') == 2 and 'not a readable checkpoint' in capsys.readouterr().err
+    assert run_train(trained / 'data', tmp_path / 'out', resume=False, max_steps=1) == 0 and len(read_log(tmp_path / 'out')) == 2
+
+
+def test_baselines_and_starting_points(trained, tmp_path, capsys):
+    short = dict(max_steps=2, ponder_start=1, freeze_backbone=0, sample_tokens=5)
+    for kw, depth in [(dict(n_iter=1), 1.0), (dict(halting=False), 3.0), (dict(feedback='hidden'), None), (dict(init_from=trained / 'out/ckpt.pt', n_iter=2, k_max=0.0), None)]:
+        assert run_train(trained / 'data', tmp_path / 'out', resume=False, **short, **kw) == 0
+        text = capsys.readouterr().out
+        evals = read_log(tmp_path / 'out')[-1]
+        assert (depth is None or evals['val_depth'] == depth) and f'python sample.py --ckpt {tmp_path}/out/ckpt.pt --depth' in text
+        assert ('inference FLOPs saved against fixed depth: 0.0%' in text) == (depth is not None)
+    state = load_checkpoint(tmp_path / 'out/ckpt.pt')
+    assert state['config']['n_iter'] == 2 and 'gates.1.fc.weight' not in state['model']
+    before = load_checkpoint(trained / 'out/ckpt.pt')['model']
+    assert 0 < (state['model']['embed.weight'] - before['embed.weight']).abs().max() < 0.1  # began where that run ended
+    neox(vocab_size=320, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, block_size=32).save_pretrained(tmp_path / 'hf')
+    assert run_train(trained / 'data', tmp_path / 'out', resume=False, init_from=tmp_path / 'hf', **{**short, 'ponder_start': 0, 'freeze_backbone': 2}) == 0
+    m, hf = AdaPonderLM.from_checkpoint(tmp_path / 'out/ckpt.pt'), AdaPonderLM.from_pretrained(tmp_path / 'hf')
+    same = {n.split('.')[0] for n, p in hf.state_dict().items() if n in m.state_dict() and torch.equal(p, m.state_dict()[n])}
+    assert same == {'embed', 'blocks', 'ln_f', 'unembed'}  # the gates alone moved
+    assert m.cfg.block_size == 32 and not m.cfg.scale_embeds
+
+
+def test_configs_have_the_published_sizes():
+    published = {'pythia70m': 70426624, 'pythia160m': 162322944, 'pythia410m': 405334016, 'pythia1b': 1011781632, 'pythia1.4b': 1414647808, 'pythia2.8b': 2775208960}
+    seen = set()
+    for file in sorted((HERE / 'config').glob('*.py')):
+        cfg = train.load_config([str(file)])
+        tokens = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size
+        assert cfg.out_dir == f'out/{file.stem}' and train.in_steps('max_steps', cfg.max_steps, tokens, None) > 0
+        if cfg.init_from == 'scratch':
+            shape = {f.name: getattr(cfg, f.name) for f in fields(AdaPonderConfig) if hasattr(cfg, f.name)}
+            with torch.device('meta'):
+                m = AdaPonderLM(AdaPonderConfig(**{**shape, 'vocab_size': cfg.vocab_size or 320}))
+            n = sum(p.numel() for name, p in m.named_parameters() if not name.startswith('gates.'))
+            assert n == published.get(file.stem, n)
+            seen.add(file.stem)
+        if file.stem != 'tiny':
+            assert tokens == 2 ** 21 and cfg.block_size == 2048 and cfg.n_iter == 4 and cfg.gradient_accumulation_steps % 64 == 0
+    assert seen >= set(published)
 
 
 # nonsense is refused with a sentence

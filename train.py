@@ -157,7 +157,8 @@ def in_steps(name, duration, tokens_per_step, max_steps):
     m = re.fullmatch(r'(\d+\.?\d*(?:e\d+)?)\s*([KMBT]?)\s*(steps|tokens|%|)', str(duration).strip())
     n = float(m[1]) * {'': 1, 'K': 1e3, 'M': 1e6, 'B': 1e9, 'T': 1e12}[m[2]] if m else 0.5
     if (m and m[3] == '%' and max_steps is None) or (n % 1 and not (m and m[3] in ('%', 'tokens'))):
-        raise UsageError(f"{name} must be a number of steps, or like '1000 steps', '1.2B tokens'{'' if max_steps is None else ' or 40%'}, not {duration!r}")
+        like = "'1000 steps' or '1.2B tokens'" if max_steps is None else "'1000 steps', '1.2B tokens' or '40%' of max_steps"
+        raise UsageError(f'{name} must be a number of steps, or like {like}, not {duration!r}')
     return round(n / tokens_per_step if m[3] == 'tokens' else n * max_steps / 100 if m[3] == '%' else n)
 
 
@@ -266,7 +267,7 @@ def peak_flops(device):
                           ('A800', 312e12), ('L40S', 362e12), ('A6000', 155e12), ('4090', 165e12), ('3090', 71e12), ('V100', 125e12)]:
             if key in name:
                 return peak
-    a = torch.randn(1024, 1024, device=device)
+    a = torch.ones(1024, 1024, device=device)  # not random: that would move the generator
     for n in (1, 5):  # the first one warms up
         t = time.perf_counter()
         for _ in range(n):
@@ -359,6 +360,8 @@ def main(argv):
         out_dir.mkdir(parents=True, exist_ok=True)
         held = lock(out_dir)  # noqa: F841, held until the process ends
     if world > 1:  # a rank that runs other code or data, or does not see the checkpoint, would train another model without a word
+        if os.environ.get('TORCHELASTIC_MAX_RESTARTS', '0') != '0' and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
+            say('--max-restarts without TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment: a restart may fail, calling at processes that died')
         dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo')
         files = [Path(__file__), Path(model_py.__file__), meta_file]
         mine = [hashlib.sha256(f.read_bytes() if f.is_file() else b'').hexdigest() for f in files]
@@ -568,7 +571,7 @@ def main(argv):
             bar.set_postfix_str(line)
             if bar.disable:  # not on a terminal
                 say(f'step {step}: {line}')
-            gates = [out.gates[..., i][out.depth > i].float() for i in range(out.gates.size(-1))] if now != 'backbone' else []
+            gates = [out.gates[..., i][out.depth > i] for i in range(out.gates.size(-1))] if now != 'backbone' else []
             gates = [g.sort().values for g in gates if len(g)]  # of the tokens that reached them, process 0's last micro-batch
             log(dict(step=step, tokens=step * tokens_per_step, loss=loss, ce=ce, ponder_loss=ponder, depth=depth, lr=lr, k=k, grad_norm=norm,
                      tokens_per_second=speed, mfu=mfu, waited=waited / seconds, memory=peak_memory(device), gate_mean=[float(g.mean()) for g in gates],

@@ -225,6 +225,40 @@ class Gate(MLP):
         return torch.sigmoid(g.to(torch.promote_types(g.dtype, torch.float32)))
 
 
+class CrossEntropy(torch.autograd.Function):
+    """The sum of -log softmax(h U^T)[target] over tokens, and its terms. h: (N, d), U: (V, d), targets: (N,) -> (), (N,) nats; 0 where target is -1.
+
+    The gradients are made in the same pass: the logits of at most `chunk` tokens live at a time, and are computed once.
+    """
+
+    @staticmethod
+    def forward(ctx, h, U, targets, chunk):
+        kind = h.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else U.dtype
+        u, nlls, dhs, dU = U.to(dtype), [], [], torch.zeros_like(U) if ctx.needs_input_grad[1] else None
+        chunk = math.ceil(len(h) / math.ceil(len(h) / chunk))  # equal runs
+        for x, t in zip(h.to(dtype).split(chunk), targets.split(chunk)):
+            at, counts = t.clamp(min=0)[:, None], (t != -1)[:, None]
+            p = (x @ u.t()).to(torch.promote_types(dtype, torch.float32))  # (n, V): logits, then in place exp(logits - top)
+            hit, top = p.gather(-1, at), p.amax(-1, keepdim=True)
+            z = p.sub_(top).exp_().sum(-1, keepdim=True)
+            nlls.append(((z.log() + top - hit) * counts).squeeze(-1))
+            if any(ctx.needs_input_grad):
+                p = p.scatter_add_(-1, at, -z).to(dtype)  # softmax less 1 at the target, times z
+                w = counts / z
+                dhs.append((p @ u) * w)
+                if dU is not None:
+                    dU.addmm_(p.t(), x * w) if dtype == U.dtype else dU.add_(p.t() @ (x * w).to(dtype))
+        ctx.save_for_backward(torch.cat(dhs).to(h.dtype) if dhs else None, dU)
+        nll = torch.cat(nlls)
+        ctx.mark_non_differentiable(nll)
+        return nll.sum(), nll
+
+    @staticmethod
+    def backward(ctx, g, _):
+        return *(None if d is None else d.mul_(g.to(d.dtype)) for d in ctx.saved_tensors), None, None
+
+
 @dataclass
 class Output:
     hidden: torch.Tensor                         # (B, T, d) each token's last state, the final LayerNorm included
@@ -378,17 +412,17 @@ class AdaPonderLM(nn.Module):
             return e[0, 0] * self.cfg.embed_scale
         return self.chunked(lambda x: self.expect(self.unembed(x)), h)
 
-    def token_nll(self, h, targets):
-        """-log softmax(h U^T)[target], nats; 0 where target is -1. h: (N, d), targets: (N,) -> (N,) float32."""
-        return self.chunked(lambda x, t: F.cross_entropy(self.unembed(x).float() if x.dtype != torch.float64 else self.unembed(x),
-                                                         t, ignore_index=-1, reduction='none'), h, targets)
-
     def chunked(self, fn, *xs):
         """fn on runs of tokens; each run's logits live only inside fn, in backward too, where they are computed again."""
-        n = max(1, self.CHUNK // self.cfg.vocab_size)
+        n = self.chunk
         if len(xs[0]) <= n:
             return fn(*xs)
         return torch.cat([checkpoint(fn, *part, use_reentrant=False) for part in zip(*(x.split(n) for x in xs))])
+
+    @property
+    def chunk(self):
+        """Tokens whose logits are held at a time."""
+        return max(1, self.CHUNK // self.cfg.vocab_size)
 
     def embed_tokens(self, idx):
         return self.embed(idx) * self.cfg.embed_scale
@@ -398,6 +432,7 @@ class AdaPonderLM(nn.Module):
     def dense(self, idx, policy, tau, max_iter, halting):
         """Every token runs every iteration; the mask decides what of it counts. Returns hidden, depth, gates, live: the last two (B, T, n_iter - 1)."""
         B, T = idx.shape
+        fixed = policy is None and (halting is False or not self.gates)  # nobody can halt
         row, pos = torch.meshgrid(torch.arange(B, device=idx.device), torch.arange(T, device=idx.device), indexing='ij')
         E = self.embed_tokens(idx)  # (B, T, d)
         rope = rope_table(pos[0], self.cfg, E.dtype)
@@ -409,7 +444,7 @@ class AdaPonderLM(nn.Module):
                 h, kvs = checkpoint(self.backbone, E, rope, dense_attention, kvs, m, use_reentrant=False)
             else:
                 h, kvs = self.backbone(E, rope, dense_attention, kvs, m)
-            hidden = h if i == 0 else torch.where(m[..., None], h, hidden)
+            hidden = h if i == 0 or fixed else torch.where(m[..., None], h, hidden)
             depth = depth + m
             if i == max_iter - 1:
                 break
@@ -418,8 +453,9 @@ class AdaPonderLM(nn.Module):
             gates.append((s, m))
             live.append(on)
             m = on
-            if policy is None and (halting is False or not self.gates):
+            if fixed:
                 E = E + self.ponder(hidden.flatten(0, 1)).view_as(E)
+                kvs = [None] * self.cfg.n_layer  # no K/V to keep
             else:  # E^(i+1) = E^i + m^(i+1) s^i e^i, computed where m^(i+1) = 1
                 e = self.ponder(hidden[m]) * s[m][:, None]
                 E = E + torch.zeros_like(E).index_put((row[m], pos[m]), e.to(E.dtype))
@@ -475,9 +511,9 @@ class AdaPonderLM(nn.Module):
             shown[..., i] = (s * m).detach()
         out = Output(hidden, depth, shown, self.unembed)
         if targets is not None:
-            nll = self.token_nll(hidden.flatten(0, 1), targets.flatten())
-            out.nll = nll.detach().view(B, T)
-            out.ce_loss = nll.sum() / (targets != -1).sum()
+            total, nll = CrossEntropy.apply(hidden.flatten(0, 1), self.unembed.weight, targets.flatten(), self.chunk)
+            out.nll = nll.view(B, T)
+            out.ce_loss = total / (targets != -1).sum()
             out.ponder_loss = self.ponder_loss(gates, live, k, execution)
             out.loss = out.ce_loss + ponder_lambda * out.ponder_loss
         return out

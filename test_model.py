@@ -1673,7 +1673,7 @@ def test_kill_9_at_any_moment(trained, tmp_path):
     """Killed again and again while it writes a checkpoint every step, the run ends with the weights of the undisturbed one."""
     code = '''
 import json, os, random, signal, sys, time
-import torch, train
+import torch._dynamo, train  # the optimizer imports it, slowly: once here, not after every fork
 out, argv = sys.argv[1], sys.argv[2:]
 torch.set_num_threads(1)
 torch.set_default_dtype(torch.float64)

@@ -267,8 +267,8 @@ def peak_flops(device):
                           ('A800', 312e12), ('L40S', 362e12), ('A6000', 155e12), ('4090', 165e12), ('3090', 71e12), ('V100', 125e12)]:
             if key in name:
                 return peak
-    a = torch.ones(1024, 1024, device=device)  # not random: that would move the generator
-    for n in (1, 5):  # the first one warms up
+    a = torch.ones(1024, 1024, device=device, dtype=torch.float32)  # not random: that would move the generator
+    for n in (1, 3):  # the first one warms up
         t = time.perf_counter()
         for _ in range(n):
             b = a @ a

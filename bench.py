@@ -779,7 +779,7 @@ def activation_bytes(cfg, tokens, bf16=True, remat=False):
     b, d, L, K = 2 if bf16 else 4, cfg.n_embd, cfg.n_layer, cfg.n_iter
     one = L * d * (4 + 16 * b)
     chunk = cfg.vocab_size * min(tokens, max(1, AdaPonderLM.CHUNK // cfg.vocab_size))
-    return dict(backbone=tokens * (K * d * (4 + 2 * L * b) + one if remat else one + (K - 1) * L * d * (4 + 14 * b)),
+    return dict(backbone=tokens * (K * d * (4 + 2 * L * b) + one if remat else one + (K - 1) * L * d * (4 + (14 if cfg.halting else 16) * b)),
                 between=tokens * 8 * K * d, gates=tokens * (K - 1) * d * (8 * b + 8) if cfg.halting else 0,
                 logits=16 * chunk if tokens * cfg.vocab_size > AdaPonderLM.CHUNK else 4 * max(4, K) * chunk)
 
@@ -805,7 +805,7 @@ def plan(a):
               ('AdamW', 8 * P / (a.gpus if t.shard_optimizer else 1), '8 P' + ' / GPUs' * t.shard_optimizer + ': two moments in float32'),
               ('bfloat16 weights', 2 * P * (b == 2), "2 P: autocast's copies"),
               ('activations: backbone', act['backbone'], 'K N d (4 + 2 L b) + N L d (4 + 16 b): inputs and K/V of all iterations, one recomputed' if t.remat else
-               'N L d (4 + 16 b) + (K - 1) N L d (4 + 14 b): x in float32, two norms, q, k, v, y, 4 d and 4 d of the MLP'),
+               f'N L d (4 + 16 b) + (K - 1) N L d (4 + {14 if cfg.halting else 16} b): x in float32, two norms, q, k, v, y, 4 d and 4 d of the MLP'),
               ('activations: between', act['between'], '8 K N d: h, before and after the last norm'),
               ('activations: gates', act['gates'], '(K - 1) N d (8 b + 8): 4 d twice, h twice'),
               ('logits', act['logits'], '16 times the numbers in a chunk: float32 logits, softmax, gradients')]

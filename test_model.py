@@ -363,7 +363,7 @@ def run_sample(capsys, *args):
 
 def save_ckpt(model, path, tokenizer='bytes', **meta):
     path.parent.mkdir(parents=True, exist_ok=True)
-    meta = dict(tokenizer=tokenizer, tokenizer_sha256=None, vocab_size=257, eot=256, **meta)
+    meta = dict(tokenizer=tokenizer, tokenizer_sha256=tokenizer == 'bytes' and prepare_data.load_tokenizer('bytes').sha256, vocab_size=257, eot=256, **meta)
     torch.save(dict(adaponder=1, config=asdict(model.cfg), model=model.state_dict(), meta=meta), path)
     return path
 

@@ -1,7 +1,7 @@
 """
 Measures a model: what it costs by formula, how well it predicts at which cost, and what the clock says.
 
-    python bench.py flops --config config/*.py
+    python bench.py flops --config config/pythia*.py
     python bench.py ppl --ckpt out/tiny/ckpt.pt --vanilla out/vanilla/ckpt.pt --fixed out/fixed/ckpt.pt --json seed1.json
     python bench.py results seed1.json seed2.json seed3.json --out assets
     python bench.py speed --config config/pythia70m.py
@@ -461,8 +461,9 @@ def ppl(a):
     for dial in dict.fromkeys(r['dial'] for r in sorted(rows, key=lambda r: r['policy'] == 'fixed depth')):
         for r in (r for r in rows if r['dial'] == dial):
             shown.append([f'{r["model"]}, {r["policy"]}', f'save {dial:.0%}' if isinstance(dial, float) else dial,
-                          f'{r["flops"] / 1e6:.3f}', f'{r["saved"]:.1%}', f'{r["depth"]:.2f}', f'{r["nll"]:.4f}', f'{r["se"]:.4f}', f'{r["ppl"]:.3f}', cell('{:+.4f}', r.get('over_learned')),
-                          cell('{:.4f}', r.get('over_learned_se')), cell('{:.1%}', r.get('retained')), cell('{:.1%}', r.get('retained_se'))])
+                          f'{r["flops"] / 1e6:.3f}', f'{r["saved"]:.1%}', f'{r["depth"]:.2f}', f'{r["nll"]:.4f}', f'{r["se"]:.4f}',
+                          f'{r["ppl"]:.3f}', *(cell(form, r.get(k)) for k, form in (
+                              ('over_learned', '{:+.4f}'), ('over_learned_se', '{:.4f}'), ('retained', '{:.1%}'), ('retained_se', '{:.1%}')))])
         shown += [[]] if not str(dial).startswith('max') else []
     table(['policy', 'dial', 'MFLOPs/token', 'saved', 'depth', 'NLL', '+-', 'ppl', 'over learned', '+-', 'gain kept', '+-'], shown)
     if gain is not None and gain <= 0:
@@ -562,8 +563,8 @@ def draw_iso_flops(plt, groups):
             points = sorted((100 * r['saved']['mean'], r['nll']['mean'], (r['over_learned'] or {}).get('sd') or 0)
                             for r in g['rows'] if (r['model'], r['policy']) == (model, policy) and r['dial'] != 'own')
             if points:
-                ours = model == 'adaptive'
-                ax.errorbar(*zip(*points), label=policy + ' on fixed depth' * (model == 'fixed'), color='black' if policy == 'learned' else f'C{POLICIES.index(policy)}',
+                ours, colour = model == 'adaptive', 'black' if policy == 'learned' else f'C{POLICIES.index(policy)}'
+                ax.errorbar(*zip(*points), label=policy + ' on fixed depth' * (model == 'fixed'), color=colour,
                             lw=2.2 if policy == 'learned' else 1.1, marker='o' if ours else 'x', ms=4, ls='-' if ours else ':', capsize=2)
         for r in g['rows']:
             if (r['policy'], r['dial']) == ('learned', 'own'):
@@ -626,10 +627,11 @@ def flops(a):
         context = (T + 1) / 2
         f, vanilla = cfg.flops(context), replace(cfg, n_iter=1).inference_flops(1, context)
         params, gates = count_parameters(cfg), count_parameters(cfg, 'gates')
-        print(f'{path}: {params:,} parameters, {2 * cfg.vocab_size * cfg.n_embd:,} of them in the two embedding tables and {gates:,} in gates; {cfg.n_layer} layers, '
-              f'width {cfg.n_embd}, vocabulary {cfg.vocab_size}, K = {K}. MFLOPs of a token in a causal pass over {T} tokens:')
+        print(f'{path}: {params:,} parameters, {2 * cfg.vocab_size * cfg.n_embd:,} of them in the two embedding tables and {gates:,} in gates; '
+              f'{cfg.n_layer} layers, width {cfg.n_embd}, vocabulary {cfg.vocab_size}, K = {K}. MFLOPs of a token in a causal pass over {T} tokens:')
         rows = [dict(depth=d, linear=d * f['linear'], attention=d * f['attention'], unembed=f['unembed'], ponder=(d - 1) * f['ponder'],
-                     gates=min(d, K - 1) * f['gate'], total=cfg.inference_flops(d, context), x_vanilla=cfg.inference_flops(d, context) / vanilla) for d in range(1, K + 1)]
+                     gates=min(d, K - 1) * f['gate'], total=cfg.inference_flops(d, context), x_vanilla=cfg.inference_flops(d, context) / vanilla)
+                for d in range(1, K + 1)]
         table([k.replace('_', ' ') for k in rows[0]], [[r['depth'], *(f'{v / 1e6:.3f}' for v in list(r.values())[1:-1]), f'{r["x_vanilla"]:.3f}'] for r in rows])
         counted = None
         if params <= a.count_below:
@@ -637,8 +639,8 @@ def flops(a):
             seen, formula, depth = count(model_of(a, path), n, 0.5)
             counted = dict(tokens=n, depth=float(depth.double().mean()), seen=seen, formula=formula)
             ratio = {k: seen[k] / formula[k] for k in seen}
-            print(f'Counted in a packed pass over {n} tokens, mean depth {counted["depth"]:.2f}: matrix products {seen["products"] / 1e6:.2f} M, {ratio["products"]:.4f} x '
-                  f'formula; attention {seen["attention"] / 1e6:.2f} M, {ratio["attention"]:.2f} x (the counter also counts masked keys).\n')
+            print(f'Counted in a packed pass over {n} tokens, mean depth {counted["depth"]:.2f}: matrix products {seen["products"] / 1e6:.2f} M, '
+                  f'{ratio["products"]:.4f} x formula; attention {seen["attention"] / 1e6:.2f} M, {ratio["attention"]:.2f} x (with masked keys).\n')
         else:
             print(f'Not counted: more than --count_below {a.count_below:,} parameters.\n')
         result.append(dict(path=path, config=asdict(cfg), parameters=params, context=context, depths=rows, counted=counted))
@@ -779,8 +781,9 @@ def activation_bytes(cfg, tokens, bf16=True, remat=False):
     b, d, L, K = 2 if bf16 else 4, cfg.n_embd, cfg.n_layer, cfg.n_iter
     one = L * d * (4 + 16 * b)
     chunk = cfg.vocab_size * min(tokens, max(1, AdaPonderLM.CHUNK // cfg.vocab_size))
-    return dict(backbone=tokens * (K * d * (4 + 2 * L * b) + one if remat else one + (K - 1) * L * d * (4 + (14 if cfg.halting else 16) * b)),
-                between=tokens * 8 * K * d, gates=tokens * (K - 1) * d * (8 * b + 8) if cfg.halting else 0,
+    kv = 2 * L * b if cfg.halting else 0  # fixed depth keeps no K/V of earlier iterations
+    return dict(backbone=tokens * (K * d * (4 + kv) + one if remat else one + (K - 1) * (one - d * kv)),
+                between=tokens * 8 * K * d, gates=tokens * (K - 1) * d * (2 * cfg.gate_width * b + 8) if cfg.halting else 0,
                 logits=16 * chunk if tokens * cfg.vocab_size > AdaPonderLM.CHUNK else 4 * max(4, K) * chunk)
 
 
@@ -796,7 +799,7 @@ def plan(a):
     steps = in_steps('max_steps', t.max_steps, N * t.gradient_accumulation_steps, None)
     tokens = steps * t.gradient_accumulation_steps * N
     f, forward = cfg.flops(context), cfg.inference_flops(K, context)
-    again = K * (f['linear'] + f['attention']) * t.remat + (f['unembed'] + (K - 1) * f['ponder']) * (N * cfg.vocab_size > AdaPonderLM.CHUNK)
+    again = K * (f['linear'] + f['attention']) * t.remat + (K - 1) * f['ponder'] * (N * cfg.vocab_size > AdaPonderLM.CHUNK)
     training = 3 * forward * tokens
     hours = training / (peak * a.mfu) / 3600
     b = 4 if t.dtype == 'float32' else 2
@@ -804,20 +807,22 @@ def plan(a):
     memory = [('weights', 4 * P, '4 P: float32'), ('gradients', 4 * P, "4 P: float32, shared with DDP's buckets"),
               ('AdamW', 8 * P / (a.gpus if t.shard_optimizer else 1), '8 P' + ' / GPUs' * t.shard_optimizer + ': two moments in float32'),
               ('bfloat16 weights', 2 * P * (b == 2), "2 P: autocast's copies"),
-              ('activations: backbone', act['backbone'], 'K N d (4 + 2 L b) + N L d (4 + 16 b): inputs and K/V of all iterations, one recomputed' if t.remat else
+              ('activations: backbone', act['backbone'],
+               f'K N d (4{" + 2 L b" * cfg.halting}) + N L d (4 + 16 b): inputs{" and K/V" * cfg.halting} of all iterations, one recomputed' if t.remat else
                f'N L d (4 + 16 b) + (K - 1) N L d (4 + {14 if cfg.halting else 16} b): x in float32, two norms, q, k, v, y, 4 d and 4 d of the MLP'),
               ('activations: between', act['between'], '8 K N d: h, before and after the last norm'),
-              ('activations: gates', act['gates'], '(K - 1) N d (8 b + 8): 4 d twice, h twice'),
-              ('logits', act['logits'], '16 times the numbers in a chunk: float32 logits, softmax, gradients')]
+              ('activations: gates', act['gates'], '(K - 1) N d (2 W b + 8): W d twice, h twice'),
+              ('logits', act['logits'], '16 times the numbers in a chunk: float32 logits, softmax, gradients'),
+              ('gradient of U', 4 * cfg.n_embd * cfg.vocab_size, '4 d V: made in the forward pass')]
     need = sum(m for _, m, _ in memory)
-    print(f'{a.config}: P = {P:,} parameters, L = {cfg.n_layer}, d = {cfg.n_embd}, V = {cfg.vocab_size}, K = {K}, T = {t.block_size}; '
-          f'N = {t.batch_size} T = {N:,} tokens a micro-batch; b = {b} bytes; remat {"on" if t.remat else "off"}; {a.gpus} x {a.gpu}\n')
+    print(f'{a.config}: P = {P:,} parameters, L = {cfg.n_layer}, d = {cfg.n_embd}, V = {cfg.vocab_size}, K = {K}, W = gate_width = {cfg.gate_width}; '
+          f'T = {t.block_size}; N = {t.batch_size} T = {N:,} tokens a micro-batch; b = {b} bytes; remat {"on" if t.remat else "off"}; {a.gpus} x {a.gpu}\n')
     table(['', 'value', 'formula'], [
         ['tokens', f'{tokens / 1e9:.3f} B', f'{steps:,} steps x {t.gradient_accumulation_steps} N'],
-        ['forward, a token', f'{forward / 1e9:.3f} GFLOPs', 'K (24 L d^2 + 2 L d (T + 1)) + (K - 1) (4 d V + 8 d^2 + 8 d) + 2 d V: every token runs every iteration'],
+        ['forward, a token', f'{forward / 1e9:.3f} GFLOPs', 'K (24 L d^2 + 2 L d (T + 1)) + (K - 1) (4 d V + 2 W d (d + 1)) + 2 d V: all tokens run all iterations'],
         ['training', f'{training:.3e} FLOPs', '3 x forward x tokens: backward is two forwards; vanilla: '
          f'{cfg.inference_flops(K, context) / replace(cfg, n_iter=1).inference_flops(1, context):.2f} times less'],
-        ['computed twice', f'{again / forward / 3:.1%}', 'the logits of the chunks' + ', and the backbone' * t.remat + ': on top, not in the MFU'],
+        ['computed twice', f'{again / forward / 3:.1%}', 'the pondering embeddings' + ', and the backbone' * t.remat + ': on top, not in the MFU'],
         ['time', f'{hours / a.gpus / 24:.2f} days', f'FLOPs / (GPUs x {peak / 1e12:.0f} TFLOP/s x MFU {a.mfu:.0%}): '
          f'{tokens / hours * a.gpus / 3600:,.0f} tokens/s, {hours:,.0f} GPU hours'],
         *([['price', f'${hours * a.price:,.0f}', f'GPU hours x ${a.price:g}']] if a.price is not None else []), [],

@@ -2219,7 +2219,7 @@ def test_speed_counts_what_it_times(tmp_path, capsys):
 @pytest.mark.parametrize('halting', [False, True])
 def test_plan_knows_what_backward_keeps(bf16, halting, monkeypatch):
     monkeypatch.setattr(AdaPonderLM, 'CHUNK', 2 ** 13)  # logits in chunks, computed again: not among what is kept
-    m = AdaPonderLM(AdaPonderConfig(vocab_size=100, block_size=256, n_layer=3, n_head=4, n_embd=64, halting=halting))
+    m = AdaPonderLM(AdaPonderConfig(vocab_size=100, block_size=256, n_layer=3, n_head=4, n_embd=64, halting=halting, gate_width=2 if bf16 else 4))
     own, kept = {p.untyped_storage().data_ptr() for p in m.parameters()}, {}
 
     def keep(t):
@@ -2264,13 +2264,15 @@ def test_harness_adapter(tmp_path, capsys):
     shutil.copy(SHARED / 'tokenizers' / 'neox20b_tokenizer.json', tmp_path / 'hf' / 'tokenizer.json')
     (tmp_path / 'hf' / 'tokenizer_config.json').write_text(json.dumps(dict(tokenizer_class='PreTrainedTokenizerFast', bos_token='<|endoftext|>', eos_token='<|endoftext|>')))
     model = AdaPonderLM.from_pretrained(tmp_path / 'hf', n_iter=4).requires_grad_(False)
+    torch.manual_seed(25)
     for gate in model.gates:
         torch.nn.init.normal_(gate.proj.weight, std=2.0)
+    half = float(model(torch.randint(50000, (4, 48)), tau=0.0).gates[..., 0].median())  # a tau at which about half of the tokens halt at once
     enc = bench.load_tokenizer(str(tmp_path / 'hf' / 'tokenizer.json'))
     pairs = [('The cat sat on the', ' mat'), ('', 'Once upon a time'), ('one two three four five', ' six  seven eight'), ('word ' * 60, 'end of it'), ('a ', 'b')]
     ask = lambda kind, args: [Instance(kind, {}, x, n) for n, x in enumerate(args)]  # noqa: E731
     rolling, until = [('cat and dog ' * 40,), ('short text',)], [('The cat', dict(until=['.', '\n'], max_gen_toks=9)), ('a dog that', dict(until=[], max_gen_toks=9))]
-    for tau, max_iter in ((0.98, None), (None, 1)):
+    for tau, max_iter in ((half, None), (None, 1)):
         lm = bench.harness_model(model, enc, SimpleNamespace(**{**vars(OPTIONS), 'tau': tau, 'max_iter': max_iter}))
         got = lm.loglikelihood(ask('loglikelihood', pairs), disable_tqdm=True)
         depths = []

@@ -361,9 +361,10 @@ def run_sample(capsys, *args):
     return capsys.readouterr()
 
 
-def save_ckpt(model, path, tokenizer='bytes', **meta):
+def save_ckpt(model, path, tokenizer='bytes'):
     path.parent.mkdir(parents=True, exist_ok=True)
-    meta = dict(tokenizer=tokenizer, tokenizer_sha256=tokenizer == 'bytes' and prepare_data.load_tokenizer('bytes').sha256, vocab_size=257, eot=256, **meta)
+    enc = prepare_data.load_tokenizer(tokenizer, path.parent)
+    meta = dict(tokenizer=tokenizer, tokenizer_sha256=enc.sha256, vocab_size=enc.n_vocab, eot=enc._special_tokens[EOT])
     torch.save(dict(adaponder=1, config=asdict(model.cfg), model=model.state_dict(), meta=meta), path)
     return path
 
@@ -555,19 +556,12 @@ def test_sample_with_a_bpe(tmp_path, capsys):
     shutil.copy(rank_file, tmp_path / 'tokenizer.tiktoken')
     m = tiny(torch.float32, vocab_size=50304, n_embd=16, n_layer=1, rotary_pct=1.0)
     path = save_ckpt(m, tmp_path / 'ckpt.pt', 'tokenizer.tiktoken')
-    state = torch.load(path)
-    state['meta'].update(tokenizer_sha256=hashlib.sha256(rank_file.read_bytes()).hexdigest(), vocab_size=50257, eot=50256)
-    torch.save(state, path)
     text = 'def naïve(漢字, "😀"):\n\treturn “x”'
     run_sample(capsys, '--ckpt', path, '--prompt', text, '--max_new_tokens', 20, '--html', tmp_path / 'p.html')
     tokens = Page((tmp_path / 'p.html').read_text()).tokens
     prompt = [(t, a['data-tip'].count('\n')) for t, a in tokens if 'prompt' in a['class']]
-    n = len(tiktoken_gpt2().encode_ordinary(text))
+    n = len(prepare_data.load_tokenizer(rank_file).encode_ordinary(text))
     assert ''.join(t for t, _ in prompt) == text and sum(c for _, c in prompt) == n > len(prompt)
-
-
-def tiktoken_gpt2():
-    return prepare_data.load_tokenizer(str(SHARED / 'tokenizers' / 'gpt2.tiktoken'))
 
 
 @pytest.mark.parametrize('args, words', [
@@ -953,8 +947,7 @@ def assert_same_tokens(enc, hf, rng, n):
             want = hf.encode(text, add_special_tokens=False).ids
             got = enc.encode_ordinary(text) if as_text else enc.encode(text, allowed_special='all')
             assert got == want, f'{text!r} at token {next((i for i, (a, b) in enumerate(zip(got, want)) if a != b), "end")}'
-        normal = hf.normalizer.normalize_str if hf.normalizer else str  # it works between added tokens, not across them
-        assert normal(enc.decode(got)) == normal(text)
+        assert enc.decode(got) == (hf.normalizer.normalize_str(text) if hf.normalizer else text)
 
 
 def write_tokenizer_json(path, ranks, added=(), **changes):
@@ -1084,8 +1077,7 @@ REFUSED = [
     (dict(added=dict(content='a b')), 'behind a word'), (dict(added=dict(content='b ')), 'behind a word'),
     (dict(added=dict(content='\nb')), 'behind a word'), (dict(added=dict(content='')), 'empty'), (dict(added=dict(id=999)), 'gaps or clash'),
     (dict(added=dict(content='the', id=257)), 'not in the vocabulary'), (dict(added=5), 'not the tokenizer.json of a BPE'),
-    (dict(swap=(0, 3)), 'not in the order'), (dict(swap=(0, 1)), 'not in the order'),
-    (dict(gap=999), 'gaps or clash')]
+    (dict(swap=(0, 3)), 'not in the order'), (dict(swap=(0, 1)), 'not in the order')]
 
 
 @pytest.mark.parametrize('change, words', REFUSED)
@@ -1095,8 +1087,6 @@ def test_tokenizer_json_that_cannot_be_exact_is_refused(tmp_path, capsys, change
     for key, value in change.items():
         if key == 'added':
             spec['added_tokens'][1] = {**spec['added_tokens'][1], **value} if isinstance(value, dict) else value
-        elif key == 'gap':
-            spec['model']['vocab'][list(spec['model']['vocab'])[-1]] = value
         elif key == 'swap':
             m, (a, b) = spec['model']['merges'], value
             m[a], m[b] = m[b], m[a]
@@ -1194,7 +1184,7 @@ def test_every_form_of_input_gives_the_same_documents(tmp_path, monkeypatch, cap
     assert [split_texts(tmp_path / 'out' / 'hf', s) for s in ('train', 'val')] == found['txt']
 
 
-def test_split_hangs_on_the_document_alone(tmp_path, monkeypatch):
+def test_split_hangs_on_the_document_alone(tmp_path):
     texts = [f'document {i}' for i in range(3000)]
     write_jsonl(tmp_path / 'a.jsonl', texts)
     write_jsonl(tmp_path / '0.jsonl', [f'another {i}' for i in range(500)])
@@ -1202,17 +1192,6 @@ def test_split_hangs_on_the_document_alone(tmp_path, monkeypatch):
     prepare_data.prepare([tmp_path / 'a.jsonl', tmp_path / '0.jsonl'], tmp_path / 'two', val_fraction=0.1)
     one, two = (set(split_texts(tmp_path / n, 'val')) for n in ('one', 'two'))
     assert one == two & set(texts) and 300 - 4 * 17 < len(one) < 300 + 4 * 17 and two - one
-    # nor does it hang on where a long text is cut
-    monkeypatch.setattr(prepare_data, 'PIECE', 32)
-    monkeypatch.setattr(prepare_data, 'HASHED', 16)
-    texts = [f'a b{i}' + 'x' * 60 for i in range(60)]
-    (tmp_path / 'in').mkdir()
-    for i, text in enumerate(texts):
-        (tmp_path / 'in' / f'{i:02d}').write_text(text)
-    tokenizer = write_tokenizer_json(tmp_path / 't.json', small_ranks())
-    for name, source in (('long', tmp_path / 'in'), ('rows', write_jsonl(tmp_path / 'c.jsonl', texts))):
-        prepare_data.prepare([source], tmp_path / name, tokenizer, val_fraction=0.4, workers=1)
-    assert split_texts(tmp_path / 'long', 'val') == split_texts(tmp_path / 'rows', 'val')
 
 
 @pytest.mark.parametrize('tokenizer', ['bytes', 'small', 'gpt2.tiktoken'])
@@ -1320,27 +1299,6 @@ def test_killed_preparation_continues(tmp_path, monkeypatch):
         assert {p.name: p.read_bytes() for p in out.iterdir()} == want
         if 10 <= left < steps:
             assert len(batches) <= all_batches - left // 3 + 1
-
-
-def test_progress_of_another_command_is_not_taken(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_data, 'PIECE', 1000)
-    monkeypatch.setattr(prepare_data, 'SAVE_EVERY', -1)
-    write_jsonl(tmp_path / 'x.jsonl', some_texts(50))
-    write, left = prepare_data.Shards.write, [6]
-
-    def full(*a):
-        left[0] -= 1
-        if left[0] < 0:
-            raise OSError(28, 'No space left on device')
-        write(*a)
-    with monkeypatch.context() as m, pytest.raises(SystemExit):
-        m.setattr(prepare_data.Shards, 'write', full)
-        prepare_data.prepare([tmp_path / 'x.jsonl'], tmp_path / 'out', val_fraction=0.3)
-    assert json.loads((tmp_path / 'out' / 'unfinished' / 'progress.json').read_text())['place'] != [0, 0]
-    write_jsonl(tmp_path / 'x.jsonl', some_texts(50, seed=1))
-    prepare_data.prepare([tmp_path / 'x.jsonl'], tmp_path / 'out', val_fraction=0.3)
-    prepare_data.prepare([tmp_path / 'x.jsonl'], tmp_path / 'new', val_fraction=0.3)
-    assert all(split_tokens(tmp_path / 'out', s) == split_tokens(tmp_path / 'new', s) for s in ('train', 'val'))
 
 
 def test_kill_takes_the_workers_along(tmp_path):
@@ -2219,7 +2177,7 @@ def test_speed_counts_what_it_times(tmp_path, capsys):
 @pytest.mark.parametrize('halting', [False, True])
 def test_plan_knows_what_backward_keeps(bf16, halting, monkeypatch):
     monkeypatch.setattr(AdaPonderLM, 'CHUNK', 2 ** 13)  # logits in chunks, computed again: not among what is kept
-    m = AdaPonderLM(AdaPonderConfig(vocab_size=100, block_size=256, n_layer=3, n_head=4, n_embd=64, halting=halting, gate_width=2 if bf16 else 4))
+    m = AdaPonderLM(AdaPonderConfig(vocab_size=100, block_size=256, n_layer=3, n_head=4, n_embd=64, halting=halting))
     own, kept = {p.untyped_storage().data_ptr() for p in m.parameters()}, {}
 
     def keep(t):
@@ -2264,15 +2222,13 @@ def test_harness_adapter(tmp_path, capsys):
     shutil.copy(SHARED / 'tokenizers' / 'neox20b_tokenizer.json', tmp_path / 'hf' / 'tokenizer.json')
     (tmp_path / 'hf' / 'tokenizer_config.json').write_text(json.dumps(dict(tokenizer_class='PreTrainedTokenizerFast', bos_token='<|endoftext|>', eos_token='<|endoftext|>')))
     model = AdaPonderLM.from_pretrained(tmp_path / 'hf', n_iter=4).requires_grad_(False)
-    torch.manual_seed(25)
     for gate in model.gates:
         torch.nn.init.normal_(gate.proj.weight, std=2.0)
-    half = float(model(torch.randint(50000, (4, 48)), tau=0.0).gates[..., 0].median())  # a tau at which about half of the tokens halt at once
     enc = bench.load_tokenizer(str(tmp_path / 'hf' / 'tokenizer.json'))
     pairs = [('The cat sat on the', ' mat'), ('', 'Once upon a time'), ('one two three four five', ' six  seven eight'), ('word ' * 60, 'end of it'), ('a ', 'b')]
     ask = lambda kind, args: [Instance(kind, {}, x, n) for n, x in enumerate(args)]  # noqa: E731
     rolling, until = [('cat and dog ' * 40,), ('short text',)], [('The cat', dict(until=['.', '\n'], max_gen_toks=9)), ('a dog that', dict(until=[], max_gen_toks=9))]
-    for tau, max_iter in ((half, None), (None, 1)):
+    for tau, max_iter in ((0.98, None), (None, 1)):
         lm = bench.harness_model(model, enc, SimpleNamespace(**{**vars(OPTIONS), 'tau': tau, 'max_iter': max_iter}))
         got = lm.loglikelihood(ask('loglikelihood', pairs), disable_tqdm=True)
         depths = []

@@ -476,7 +476,7 @@ def test_depth_view(ckpt, capsys, monkeypatch, colorterm):
     text = run_sample(capsys, '--ckpt', ckpt, '--prompt', PROMPT, '--max_new_tokens', 0, '--depth').out
     legend, _, body = text.partition('\n\n')
     paint = [code for code, d in re.findall(r'\x1b\[([\d;]+)m (\d) \x1b', legend)]
-    assert len(set(paint)) == 4 and all(('48;2;' in p) == bool(colorterm) for p in paint)
+    assert len(set(paint)) == 4 and all(p.startswith('0;38;2;0;0;0;48;2;' if colorterm else '0;38;5;16;48;5;') for p in paint)  # black on it
     cells = re.findall(r'\x1b\[([\d;]+)m([^\x1b]*)\x1b\[0m(\n?)', body)
     want = PROMPT.replace('\t', '    ').replace('\r\n', r'\x0d↵' + '\n').replace('\x1b', r'\x1b') + '\n'
     assert want == ''.join(shown + end for _, shown, end in cells) == re.sub(r'\x1b\[[\d;]*m', '', body)
@@ -513,8 +513,9 @@ def test_page_is_self_contained_and_escaped(ckpt, tmp_path, capsys):
 
 def test_prompts_file_keeps_order_keys_and_text(ckpt, tmp_path, capsys):
     prompts = ['longer first', 'b', '', 'c\u2028漢\n', 'e']
-    jobs = [dict(prompt=p, id=i, max_new_tokens=n, note='\ud800') for i, (p, n) in enumerate(zip(prompts, (70, 3, 1, 9, 0))) if p]
-    (tmp_path / 'in.jsonl').write_text('\n\n'.join(json.dumps(j, ensure_ascii=j['note'] == '\ud800') for j in jobs) + '\r\n')
+    jobs = [dict(prompt=p, id=i, max_new_tokens=n, note='\ud800' if i else 'é') for i, (p, n) in enumerate(zip(prompts, (70, 3, 1, 9, 0))) if p]
+    lines = [json.dumps(j).replace(r'\u2028', '\u2028') for j in jobs]  # U+2028 is no line end in JSON, half a surrogate pair can be escaped only
+    (tmp_path / 'in.jsonl').write_text('\n\n'.join(lines) + '\r\n')
     outs = []
     for batch in (1, 3):
         got = run_sample(capsys, '--ckpt', ckpt, '--prompts', tmp_path / 'in.jsonl', '--batch', batch, '--ignore_eot')
@@ -719,11 +720,13 @@ def test_every_form_of_a_folder_loads(tmp_path, form):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_heads_of_every_pythia_equal_transformers(tmp_path, head_size, rotary_pct, dtype):
     hf = neox(hidden_size=2 * head_size, num_attention_heads=2, rotary_pct=rotary_pct).to(dtype)
+    hf.gpt_neox.embed_in.weight.data *= 30  # the residual stream much larger than what a block adds, as in a trained model
     hf.save_pretrained(tmp_path)
     x = torch.randint(96, (2, 60), generator=torch.Generator().manual_seed(1))
     m = AdaPonderLM.from_pretrained(tmp_path, n_iter=1, dtype=dtype)
     with torch.no_grad():
         got, want = m(x).logits.float(), hf(x).logits.float()
+        assert m.cfg.rotary_pct == rotary_pct
         if dtype == torch.float32:
             assert (got - want).abs().max() < 1e-4
             greedy = hf.generate(x[:1, :8], attention_mask=torch.ones(1, 8), max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -731,6 +734,14 @@ def test_heads_of_every_pythia_equal_transformers(tmp_path, head_size, rotary_pc
         else:  # as near to the same weights in float64 as transformers is
             exact = AdaPonderLM.from_pretrained(tmp_path, n_iter=1, dtype=torch.float64)(x).logits
             assert (got - exact).pow(2).mean() < 1.1 * (want - exact).pow(2).mean() < 0.01 * exact.var()
+
+
+def test_settings_are_read_in_the_dialects_of_transformers_4_and_5(tmp_path):
+    rope = dict(rope_type='default', partial_rotary_factor=0.5, rope_theta=5000.0)
+    for n, config in enumerate([dict(rotary_pct=0.5, rotary_emb_base=5000, rope_scaling=None), dict(rotary_pct=None, rope_parameters=rope)]):
+        write_hf(tmp_path / str(n), {}, 'bin', layer_norm_eps=1e-6, **config)
+        cfg = model_py.config_from_hf(tmp_path / str(n) / 'config.json')
+        assert (cfg.rotary_pct, cfg.rotary_base, cfg.norm_eps, cfg.n_iter) == (0.5, 5000.0, 1e-6, 4)
 
 
 @pytest.mark.parametrize('name', ['adapter.weight', 'gpt_neox.adapter.weight'])

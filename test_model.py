@@ -1836,7 +1836,7 @@ def test_train_refuses_bad_config_files(tmp_path, capsys, monkeypatch):
             train.load_config([str(a) for a in argv])
         assert e.value.code == 2 and words in capsys.readouterr().err
     cfg = train.load_config(['config/tiny.py', '--learning_rate=1', '--max_steps=1e3', '--out_dir=7'])
-    assert (cfg.n_embd, cfg.learning_rate, cfg.out_dir) == (96, 1.0, '7') and train.in_steps('x', cfg.max_steps, 5, None) == 1000
+    assert (cfg.block_size, cfg.learning_rate, cfg.out_dir) == (192, 1.0, '7') and train.in_steps('x', cfg.max_steps, 5, None) == 1000
     assert [train.in_steps('x', d, 1000, 200) for d in (7, '7', '40%', '1.5M tokens', '2K steps', '0.5%')] == [7, 7, 80, 1500, 2000, 1]
 
 

@@ -784,7 +784,7 @@ def activation_bytes(cfg, tokens, bf16=True, remat=False):
     kv = 2 * L * b if cfg.halting else 0  # fixed depth keeps no K/V of earlier iterations
     return dict(backbone=tokens * (K * d * (4 + kv) + one if remat else one + (K - 1) * (one - d * kv)),
                 between=tokens * 8 * K * d, gates=tokens * (K - 1) * d * (2 * cfg.gate_width * b + 8) if cfg.halting else 0,
-                logits=16 * chunk if tokens * cfg.vocab_size > AdaPonderLM.CHUNK else 4 * max(4, K) * chunk)
+                logits=16 * chunk if tokens * cfg.vocab_size > AdaPonderLM.CHUNK // 8 else 4 * max(4, K) * chunk)
 
 
 def plan(a):
@@ -799,7 +799,7 @@ def plan(a):
     steps = in_steps('max_steps', t.max_steps, N * t.gradient_accumulation_steps, None)
     tokens = steps * t.gradient_accumulation_steps * N
     f, forward = cfg.flops(context), cfg.inference_flops(K, context)
-    again = K * (f['linear'] + f['attention']) * t.remat + (K - 1) * f['ponder'] * (N * cfg.vocab_size > AdaPonderLM.CHUNK)
+    again = K * (f['linear'] + f['attention']) * t.remat + (K - 1) * f['ponder'] * (N * cfg.vocab_size > AdaPonderLM.CHUNK // 8)
     training = 3 * forward * tokens
     hours = training / (peak * a.mfu) / 3600
     b = 4 if t.dtype == 'float32' else 2

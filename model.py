@@ -225,6 +225,13 @@ class Gate(MLP):
         return torch.sigmoid(g.to(torch.promote_types(g.dtype, torch.float32)))
 
 
+def matrix_dtype(table):
+    """What the products with this table are computed in, and what their results are summed in."""
+    kind = table.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else table.dtype
+    return dtype, torch.promote_types(dtype, torch.float32)
+
+
 class CrossEntropy(torch.autograd.Function):
     """The sum of -log softmax(h U^T)[target] over tokens, and its terms. h: (N, d), U: (V, d), targets: (N,) -> (), (N,) nats; 0 where target is -1.
 
@@ -233,13 +240,12 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, U, targets, chunk):
-        kind = h.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else U.dtype
+        dtype, wide = matrix_dtype(U)
         u, nlls, dhs, dU = U.to(dtype), [], [], torch.zeros_like(U) if ctx.needs_input_grad[1] else None
         chunk = math.ceil(len(h) / math.ceil(len(h) / chunk))  # equal runs
         for x, t in zip(h.to(dtype).split(chunk), targets.split(chunk)):
             at, counts = t.clamp(min=0)[:, None], (t != -1)[:, None]
-            p = (x @ u.t()).to(torch.promote_types(dtype, torch.float32))  # (n, V): logits, then in place exp(logits - top)
+            p = (x @ u.t()).to(wide)  # (n, V): logits, then in place exp(logits - top)
             hit, top = p.gather(-1, at), p.amax(-1, keepdim=True)
             z = p.sub_(top).exp_().sum(-1, keepdim=True)
             nlls.append(((z.log() + top - hit) * counts).squeeze(-1))
@@ -257,6 +263,49 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, _):
         return *(None if d is None else d.mul_(g.to(d.dtype)) for d in ctx.saved_tensors), None, None
+
+
+class ExpectedRow(torch.autograd.Function):
+    """softmax(h U^T) V, the rows of V weighted by probability. h: (N, d), U, V: (vocab, d) -> (N, d).
+
+    This is attention of h over the rows of U: a running maximum and sum let it go through the vocabulary in blocks, so that no more than
+    N x block logits live at a time, in backward too, where they are computed again.
+    """
+
+    @staticmethod
+    def forward(ctx, h, U, V, block):
+        dtype, wide = ctx.dtypes = matrix_dtype(U)
+        ctx.block = block
+        x, e = h.to(dtype), torch.zeros_like(h, dtype=wide)
+        top, z = x.new_full((len(h), 1), -math.inf, dtype=wide), x.new_zeros(len(h), 1, dtype=wide)
+        for u, v in zip(U.to(dtype).split(block), V.to(dtype).split(block)):
+            p = (x @ u.t()).to(wide)  # (N, block): logits, then in place exp(logits - top)
+            old, top = top, torch.maximum(top, p.amax(-1, keepdim=True))
+            p, shrink = p.sub_(top).exp_(), (old - top).exp_()
+            z = z.mul_(shrink).add_(p.sum(-1, keepdim=True))
+            e.mul_(shrink).add_(p.to(dtype) @ v)
+        e /= z
+        ctx.save_for_backward(h, U, V, e, top + z.log())
+        return e.to(h.dtype)
+
+    @staticmethod
+    def backward(ctx, g):
+        h, U, V, e, logsum = ctx.saved_tensors
+        dtype, wide = ctx.dtypes
+        dh, dU, dV = (torch.zeros_like(t, dtype=wide) if need else None for t, need in zip((h, U, V), ctx.needs_input_grad))
+        x, along = h.to(dtype), (g * e).sum(-1, keepdim=True)
+        g = g.to(dtype)
+        for at, (u, v) in enumerate(zip(U.to(dtype).split(ctx.block), V.to(dtype).split(ctx.block))):
+            rows = slice(at * ctx.block, (at + 1) * ctx.block)
+            p = (x @ u.t()).to(wide).sub_(logsum).exp_()
+            if dV is not None:
+                dV[rows] = p.to(dtype).t() @ g
+            p = (g @ v.t()).to(wide).sub_(along).mul_(p).to(dtype)
+            if dU is not None:
+                dU[rows] = p.t() @ x
+            if dh is not None:
+                dh += p @ u
+        return *(None if d is None else d.to(t.dtype) for d, t in zip((dh, dU, dV), (h, U, V))), None
 
 
 @dataclass
@@ -401,23 +450,13 @@ class AdaPonderLM(nn.Module):
         return F.softmax(logits, dim=-1).to(self.embed.weight.dtype) @ self.embed.weight * self.cfg.embed_scale
 
     def ponder(self, h):
-        """e = softmax(h U^T) (sqrt(d) V) without ever holding all logits. h: (N, d) -> (N, d)."""
+        """The same of tokens with these hidden states, without ever holding all logits. h: (N, d) -> (N, d)."""
         if self.cfg.feedback == 'hidden':
             return h
-        if len(h) * self.cfg.vocab_size > self.CHUNK // 4 and h.device.type == 'cpu':
-            # softmax attention of h over the rows of U with values V: one fused kernel; it needs many queries to be busy
-            dtype = self.embed.weight.dtype
-            e = F.scaled_dot_product_attention(h[None, None].to(dtype), self.unembed.weight[None, None],
-                                               self.embed.weight[None, None], scale=1.0)
-            return e[0, 0] * self.cfg.embed_scale
-        return self.chunked(lambda x: self.expect(self.unembed(x)), h)
-
-    def chunked(self, fn, *xs):
-        """fn on runs of tokens; each run's logits live only inside fn, in backward too, where they are computed again."""
-        n = self.chunk
-        if len(xs[0]) <= n:
-            return fn(*xs)
-        return torch.cat([checkpoint(fn, *part, use_reentrant=False) for part in zip(*(x.split(n) for x in xs))])
+        if len(h) * self.cfg.vocab_size <= self.CHUNK // 8:
+            return self.expect(self.unembed(h))
+        block = 1024 if h.device.type == 'cpu' else max(1024, self.CHUNK // len(h))  # a CPU's cache wants few, a GPU many
+        return ExpectedRow.apply(h, self.unembed.weight, self.embed.weight, block) * self.cfg.embed_scale
 
     @property
     def chunk(self):

@@ -1834,7 +1834,7 @@ def test_disk_full_costs_one_checkpoint(trained, tmp_path, capsys):
     (dict(n_layer=1.5), 'n_layer must be int, not 1.5'), (dict(halting=1), 'halting must be bool, not 1'), (dict(n_layer=True), 'n_layer must be int, not True'),
     (dict(learning_rate='fast'), "learning_rate must be float, not 'fast'"), (dict(max_steps='40%'), "max_steps must be a number of steps, or like '1000 steps' or '1.2B tokens', not '40%'"),
     (dict(ponder_start='soon'), "or '40%' of max_steps, not 'soon'"), (dict(ponder_start=0.4), "or '40%' of max_steps, not '0.4'"), (dict(warmup='1.2.3 steps'), 'warmup must be'),
-    (dict(dtype='float16'), "dtype must be 'auto', 'float32' or 'bfloat16', not 'float16'"), (dict(batch_size=0), 'must be at least 1'), (dict(k_max=1.5), 'k_max must lie in 0 .. 1'),
+    (dict(dtype='float16'), "dtype must be 'auto', 'float32' or 'bfloat16', not 'float16'"), (dict(batch_size=0), 'must be at least 1'), (dict(execution='packed', pool='all'), "or 'packed' with --pool=live"), (dict(k_max=1.5), 'k_max must lie in 0 .. 1'),
     (dict(n_embd=17), 'n_embd (17) must be divisible by n_head (2)'), (dict(pool='some'), 'pool must be'), (dict(vocab_size=200), 'the data has 257 token ids'),
     (dict(init_from='nowhere.pt'), 'no checkpoint at nowhere.pt'), (dict(init_from='./nowhere'), 'no folder ./nowhere'), (dict(block_size=600), 'val split of'),
     (dict(data_dir='data/pile'), 'no data in data/pile: make it with "python prepare_data.py PATH ... --tokenizer TOKENIZER --out data/pile"')])
@@ -1907,7 +1907,7 @@ def test_a_config_changed_on_resume_is_said_or_refused(trained, tmp_path, capsys
 
 def test_baselines_and_starting_points(trained, tmp_path, capsys):
     short = dict(max_steps=2, ponder_start=1, freeze_backbone=0, sample_tokens=5)
-    for kw, depth in [(dict(n_iter=1), 1.0), (dict(halting=False), 3.0), (dict(feedback='hidden'), None), (dict(init_from=trained / 'out/ckpt.pt', n_iter=2, k_max=0.0), None)]:
+    for kw, depth in [(dict(n_iter=1), 1.0), (dict(halting=False), 3.0), (dict(feedback='hidden'), None), (dict(pool='all', remat=True), None), (dict(init_from=trained / 'out/ckpt.pt', n_iter=2, k_max=0.0), None)]:
         assert run_train(trained / 'data', tmp_path / 'out', resume=False, **short, **kw) == 0
         text = capsys.readouterr().out
         evals = read_log(tmp_path / 'out')[-1]

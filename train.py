@@ -92,6 +92,7 @@ class TrainConfig:
     device: str = 'auto'              # 'cpu', 'cuda', 'mps'; auto: cuda where there is one, else cpu
     dtype: str = 'auto'               # 'float32' or 'bfloat16' (autocast); auto: bfloat16 on cuda
     compile: bool = True              # torch.compile the backbone; on cuda only
+    execution: str = 'auto'           # once gates act: 'dense' runs halted tokens and masks them, 'packed' skips them (pool 'live', no remat); auto: packed on a CPU
     remat: bool = False               # recompute each iteration in backward: memory of one iteration, about a third more time
     shard_optimizer: bool = False     # ZeroRedundancyOptimizer: optimizer state split over the processes
 
@@ -333,6 +334,8 @@ def main(argv):
         raise UsageError(f"dtype must be 'auto', 'float32' or 'bfloat16', not {cfg.dtype!r}")
     bf16 = cfg.dtype == 'bfloat16' or (cfg.dtype == 'auto' and device.type == 'cuda')
     autocast = (lambda: torch.autocast(device.type, torch.bfloat16)) if bf16 else nullcontext
+    if cfg.execution not in ('auto', 'dense', 'packed') or (cfg.execution == 'packed' and (cfg.pool != 'live' or cfg.remat)):
+        raise UsageError(f"execution must be 'auto', 'dense', or 'packed' with --pool=live and --remat=False, not {cfg.execution!r}")
     if cfg.gradient_accumulation_steps % world:
         raise UsageError(f'gradient_accumulation_steps ({cfg.gradient_accumulation_steps}) must be a multiple of the number of processes ({world})')
     if min(cfg.batch_size, cfg.block_size, cfg.gradient_accumulation_steps, cfg.log_interval) < 1:
@@ -523,8 +526,8 @@ def main(argv):
             if world > 1:
                 net = DDP(model, device_ids=[local_rank] if device.type == 'cuda' else None, gradient_as_bucket_view=True)
             learning = now
-            flops = replace(model.cfg, halting=bool(model.gates) and now != 'backbone').inference_flops(model.cfg.n_iter, (cfg.block_size + 1) / 2)  # dense, forward
-            flops *= 2 if now == 'gates' else 3  # backward: twice that, once where no weight of the backbone wants a gradient
+            packed = bool(model.gates) and now != 'backbone' and (cfg.execution == 'packed' or (
+                cfg.execution == 'auto' and device.type == 'cpu' and model.cfg.pool == 'live' and not cfg.remat))
 
         started = time.time()
         lr = cfg.learning_rate * min(1.0, (step + 1) / max(1, warmup)) * (
@@ -543,8 +546,12 @@ def main(argv):
             x = x.to(device, non_blocking=True)
             with net.no_sync() if world > 1 and j + 1 < n_micro else nullcontext():
                 with autocast():
-                    out = net(x[:, :-1], x[:, 1:], halting=halting, k=torch.tensor(k, device=device), ponder_lambda=cfg.ponder_lambda)
-                (out.loss / n_micro).backward()
+                    out = net(x[:, :-1], x[:, 1:], 'packed' if packed else 'dense', halting=halting, k=torch.tensor(k, device=device),
+                              ponder_lambda=cfg.ponder_lambda)
+                loss = out.loss / n_micro
+                if packed:  # where all tokens halt the later gates do not run; DDP waits for their gradient, and AdamW must see 0
+                    loss = loss + 0 * sum(p.sum() for p in model.gates.parameters())
+                loss.backward()
             totals += torch.stack([out.loss.detach(), out.ce_loss.detach(), out.ponder_loss.detach(), out.depth.float().mean()]) / n_micro
         if leaving:
             saved = checkpoint()
@@ -566,7 +573,9 @@ def main(argv):
                 dist.all_reduce(totals)
             loss, ce, ponder, depth = (totals / world).tolist()
             speed = (step - done) * tokens_per_step / seconds
-            mfu = speed * flops / peak
+            flops = replace(model.cfg, halting=bool(model.gates) and now != 'backbone').inference_flops(
+                depth if packed else model.cfg.n_iter, (cfg.block_size + 1) / 2)  # a token forward; backward: twice that, or once for gates alone
+            mfu = speed * flops * (2 if now == 'gates' else 3) / peak
             line = f'loss {loss:.3f} depth {depth:.2f} {speed / 1e3:.1f}k tok/s MFU {mfu:.0%}'
             bar.set_postfix_str(line)
             if bar.disable:  # not on a terminal

@@ -1780,7 +1780,11 @@ print('codes', codes)
     ranks = [subprocess.Popen([sys.executable, '-c', code, trained / 'data', tmp_path, *map(str, ports), *arguments(trained / 'data', tmp_path)],
                               env=subprocess_env(RANK=r, WORLD_SIZE=2, LOCAL_RANK=r, LOCAL_WORLD_SIZE=2, MASTER_ADDR='127.0.0.1'),
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in range(2)]
-    (out, err), (_, err1) = (p.communicate(timeout=120) for p in ranks)
+    try:
+        (out, err), (_, err1) = (p.communicate(timeout=120) for p in ranks)
+    finally:
+        for p in ranks:  # where one fails the other may wait for it
+            p.kill()
     assert [p.returncode for p in ranks] == [0, 0] and 'codes [2, 2, 0, 0]' in out, err + err1
     assert 'process 1 has another config than process 0' in err and 'process 1 has another meta.json than process 0' in err
     assert out.count('the gradient is not finite, step skipped (1 in a row)') == 1 and 'step 3: the gradient is not finite' in out

@@ -1490,8 +1490,8 @@ def test_standard_library_is_the_default(tmp_path):
 
 # train.py
 
-TINY = dict(block_size=16, n_layer=1, n_head=2, n_embd=16, n_iter=3, tau=0.978, batch_size=2, gradient_accumulation_steps=4, max_steps=20, learning_rate=6e-3, warmup=3,
-            ponder_start=6, ponder_full=12, freeze_backbone=5, k_max=0.3, eval_interval=8, eval_tokens=200, ckpt_interval=5, log_interval=1, sample_tokens=0,
+TINY = dict(block_size=16, n_layer=1, n_head=2, n_embd=16, n_iter=3, tau=0.978, batch_size=2, gradient_accumulation_steps=4, max_steps=20,
+            learning_rate=6e-3, warmup=3, ponder_start=6, ponder_full=12, freeze_backbone=5, k_max=0.3, eval_interval=8, eval_tokens=200, ckpt_interval=5, log_interval=1, sample_tokens=0,
             device='cpu')  # steps 0 .. 5 without gates, 6 .. 10 gates alone, then everything
 
 
@@ -1836,9 +1836,12 @@ def test_disk_full_costs_one_checkpoint(trained, tmp_path, capsys):
 @pytest.mark.parametrize('kw, words', [
     (dict(learning_rat=1), "unknown key 'learning_rat', did you mean 'learning_rate'?"), (dict(zzz=1), "unknown key 'zzz'; the keys are in TrainConfig"),
     (dict(n_layer=1.5), 'n_layer must be int, not 1.5'), (dict(halting=1), 'halting must be bool, not 1'), (dict(n_layer=True), 'n_layer must be int, not True'),
-    (dict(learning_rate='fast'), "learning_rate must be float, not 'fast'"), (dict(max_steps='40%'), "max_steps must be a number of steps, or like '1000 steps' or '1.2B tokens', not '40%'"),
-    (dict(ponder_start='soon'), "or '40%' of max_steps, not 'soon'"), (dict(ponder_start=0.4), "or '40%' of max_steps, not '0.4'"), (dict(warmup='1.2.3 steps'), 'warmup must be'),
-    (dict(dtype='float16'), "dtype must be 'auto', 'float32' or 'bfloat16', not 'float16'"), (dict(batch_size=0), 'must be at least 1'), (dict(execution='packed', pool='all'), "or 'packed' with --pool=live"), (dict(k_max=1.5), 'k_max must lie in 0 .. 1'),
+    (dict(learning_rate='fast'), "learning_rate must be float, not 'fast'"),
+    (dict(max_steps='40%'), "max_steps must be a number of steps, or like '1000 steps' or '1.2B tokens', not '40%'"),
+    (dict(ponder_start='soon'), "or '40%' of max_steps, not 'soon'"), (dict(ponder_start=0.4), "or '40%' of max_steps, not '0.4'"),
+    (dict(warmup='1.2.3 steps'), 'warmup must be'),
+    (dict(dtype='float16'), "dtype must be 'auto', 'float32' or 'bfloat16', not 'float16'"), (dict(batch_size=0), 'must be at least 1'),
+    (dict(execution='packed', pool='all'), "or 'packed' with --pool=live"), (dict(k_max=1.5), 'k_max must lie in 0 .. 1'),
     (dict(n_embd=17), 'n_embd (17) must be divisible by n_head (2)'), (dict(pool='some'), 'pool must be'), (dict(vocab_size=200), 'the data has 257 token ids'),
     (dict(init_from='nowhere.pt'), 'no checkpoint at nowhere.pt'), (dict(init_from='./nowhere'), 'no folder ./nowhere'), (dict(block_size=600), 'val split of'),
     (dict(data_dir='data/pile'), 'no data in data/pile: make it with "python prepare_data.py PATH ... --tokenizer TOKENIZER --out data/pile"')])
@@ -1879,7 +1882,8 @@ def test_train_refuses_bad_data(trained, tmp_path, capsys):
     def no_json(folder):
         (folder / 'meta.json').write_text('{}')
     for i, (harm, words, kw) in enumerate([(cut, 'train_1.bin is missing or not the 1500 tokens', {}), (change, 'train_1.bin was changed: its sha256', {}),
-                                           (no_json, 'meta.json was not written by prepare_data.py', {}), (beyond, 'holds token 400, beyond vocab_size 320', dict(verify_data=False))]):
+                                           (no_json, 'meta.json was not written by prepare_data.py', {}),
+                                           (beyond, 'holds token 400, beyond vocab_size 320', dict(verify_data=False))]):
         harm(write_data(tmp_path / f'data{i}'))
         code = None
         try:
@@ -1896,8 +1900,10 @@ def test_train_refuses_bad_data(trained, tmp_path, capsys):
 def test_a_config_changed_on_resume_is_said_or_refused(trained, tmp_path, capsys):
     shutil.copytree(trained / 'out', tmp_path / 'out')
     write_data(tmp_path / 'data', val=(901,))
-    for kw, words in [(dict(n_embd=32), 'trained with other values of n_embd'), (dict(seed=1), 'of seed'), (dict(batch_size=4), 'of batch_size'), (dict(tau=0.5), 'of tau'),
-                      (dict(max_steps=40, ponder_start='90%'), 'the gates would act at another time'), (dict(data_dir=tmp_path / 'data'), 'was trained on other data than')]:
+    for kw, words in [(dict(n_embd=32), 'trained with other values of n_embd'), (dict(seed=1), 'of seed'), (dict(batch_size=4), 'of batch_size'),
+                      (dict(tau=0.5), 'of tau'),
+                      (dict(max_steps=40, ponder_start='90%'), 'the gates would act at another time'),
+                      (dict(data_dir=tmp_path / 'data'), 'was trained on other data than')]:
         assert run_train(**{'data_dir': trained / 'data', 'out_dir': tmp_path / 'out', **kw}) == 2
         assert words in capsys.readouterr().err
     assert run_train(trained / 'data', tmp_path / 'out', max_steps=22, learning_rate=1e-3, ckpt_interval=50) == 0
@@ -1911,12 +1917,13 @@ def test_a_config_changed_on_resume_is_said_or_refused(trained, tmp_path, capsys
 
 def test_baselines_and_starting_points(trained, tmp_path, capsys):
     short = dict(max_steps=2, ponder_start=1, freeze_backbone=0, sample_tokens=5)
-    for kw, depth in [(dict(n_iter=1), 1.0), (dict(halting=False), 3.0), (dict(feedback='hidden'), None), (dict(pool='all', remat=True), None), (dict(init_from=trained / 'out/ckpt.pt', n_iter=2, k_max=0.0), None)]:
+    for kw, depth in [(dict(n_iter=1), 1.0), (dict(halting=False), 3.0), (dict(feedback='hidden'), None), (dict(pool='all', remat=True), None),
+        (dict(init_from=trained / 'out/ckpt.pt', n_iter=2, k_max=0.0), None)]:
         assert run_train(trained / 'data', tmp_path / 'out', resume=False, **short, **kw) == 0
         text = capsys.readouterr().out
         evals = read_log(tmp_path / 'out')[-1]
         assert (depth is None or evals['val_depth'] == depth) and f'python sample.py --ckpt {tmp_path}/out/ckpt.pt --depth' in text
-        assert ('inference FLOPs saved against fixed depth: 0.0%' in text) == (depth is not None)
+        assert ('0.0% of the gated iterations halted, inference FLOPs saved against fixed depth: 0.0%' in text) == (depth is not None)
     state = load_checkpoint(tmp_path / 'out/ckpt.pt')
     assert state['config']['n_iter'] == 2 and 'gates.1.fc.weight' not in state['model']
     before = load_checkpoint(trained / 'out/ckpt.pt')['model']

@@ -603,7 +603,7 @@ def main(argv):
         say(f'stopped at step {step}' + (f'; the same command goes on from {ckpt_path}' if saved else ', not saved'))
     elif master:
         say(f'\n{out_dir}: val loss {result["loss"]:.4f} nats/token (perplexity {result["ppl"]:.3f}), mean depth {result["depth"]:.2f} of {model.cfg.n_iter}, '
-            f'{1 - sum(result["active"][1:]) / max(1, model.cfg.n_iter - 1):.1%} of the gated iterations halted, '
+            f'{sum(1 - a for a in result["active"][1:]) / max(1, model.cfg.n_iter - 1):.1%} of the gated iterations halted, '
             f'inference FLOPs saved against fixed depth: {result["flops_saved"]:.1%}')
         say(f'see which tokens it thought longer about: python sample.py --ckpt {ckpt_path} --depth')
         if cfg.sample_tokens:

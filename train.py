@@ -93,7 +93,7 @@ class TrainConfig:
     dtype: str = 'auto'               # 'float32' or 'bfloat16' (autocast); auto: bfloat16 on cuda
     compile: bool = True              # torch.compile the backbone; on cuda only
     execution: str = 'auto'           # once gates act: 'dense' runs halted tokens and masks them, 'packed' skips them (pool 'live', no remat); auto: packed on a CPU
-    remat: bool = False               # recompute each iteration in backward: memory of one iteration, about a third more time
+    remat: bool = False               # recompute each iteration's blocks in backward: memory of one iteration for one more forward of the blocks
     shard_optimizer: bool = False     # ZeroRedundancyOptimizer: optimizer state split over the processes
 
 

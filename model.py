@@ -550,11 +550,13 @@ class AdaPonderLM(nn.Module):
             ran = torch.zeros_like(idx, dtype=torch.bool).index_put((row, pos), torch.ones_like(on))
             gates.append((spread, ran))
             live.append(torch.zeros_like(ran).index_put((row, pos), on))
-            row, pos, rope = row[on], pos[on], tuple(t[on] for t in rope)
-            counts = torch.bincount(row, minlength=B).tolist()
-            if not len(row):
-                break
-            E = E[on] + s[on][:, None].to(E.dtype) * self.ponder(h[on]).to(E.dtype)
+            if not on.all():
+                row, pos, rope = row[on], pos[on], tuple(t[on] for t in rope)
+                E, h, s = E[on], h[on], s[on]
+                counts = torch.bincount(row, minlength=B).tolist()
+                if not len(row):
+                    break
+            E = E + s[:, None].to(E.dtype) * self.ponder(h).to(E.dtype)
         return hidden, depth, gates, live
 
     def forward(self, idx, targets=None, execution='dense', policy=None, tau=None, max_iter=None, halting=None, k=0.0, ponder_lambda=0.0):

@@ -774,14 +774,23 @@ GPUS = {'H100': (989e12, 80), 'H100-PCIe': (756e12, 80), 'H200': (989e12, 141), 
 
 
 def activation_bytes(cfg, tokens, bf16=True, remat=False):
-    """What the forward pass of a training step keeps for its backward, by part, on `tokens` tokens. torch.compile keeps a little less."""
-    b, d, L, K = 2 if bf16 else 4, cfg.n_embd, cfg.n_layer, cfg.n_iter
-    one = L * d * (4 + 16 * b)
-    chunk = cfg.vocab_size * min(tokens, max(1, AdaPonderLM.CHUNK // cfg.vocab_size))
-    kv = 2 * L * b if cfg.halting else 0  # fixed depth keeps no K/V of earlier iterations
-    return dict(backbone=tokens * (K * d * (4 + kv) + one if remat else one + (K - 1) * (one - d * kv)),
-                between=tokens * 8 * K * d, gates=tokens * (K - 1) * d * (2 * cfg.gate_width * b + 8) if cfg.halting else 0,
-                logits=16 * chunk if tokens * cfg.vocab_size > AdaPonderLM.CHUNK // 8 else 4 * max(4, K) * chunk)
+    """What a training step on `tokens` tokens holds at its peak beside weights, gradients and optimizer, by part. torch.compile keeps a little less.
+
+    The first three are kept for backward. To these comes `loss`, as the loss is computed, and later `backward`; the peak has the larger one.
+    """
+    b, d, L, K, V, N = 2 if bf16 else 4, cfg.n_embd, cfg.n_layer, cfg.n_iter, cfg.vocab_size, tokens
+    one = N * L * d * (4 + 16 * b)     # an iteration: x in float32, two norms, q, k, v, y, 4 d and 4 d of the MLP
+    kv = N * L * d * 2 * b * (cfg.halting and K > 1)  # K and V: masked, or made full again from those of halted tokens
+    gates = (K - 1) * N * d * (2 * cfg.gate_width * b + 8) * cfg.halting * (not remat)
+    table, chunks = 4 * d * V, math.ceil(N / max(1, AdaPonderLM.CHUNK // V))  # a gradient of U or V
+    logits = (4 if b == 4 else 6) * V * math.ceil(N / chunks) + table // 2 * (b == 2)
+    sums = (4 * (count_parameters(cfg) - 2 * d * V) + 2 * table) * (K > 1)  # gradients over iterations, until the last has come
+    if N * V <= AdaPonderLM.CHUNK // 8:  # few enough for every iteration to keep its probabilities
+        logits, vocab = logits + (K - 1) * N * V * (4 + b * (b == 2)), 0
+    else:
+        vocab = (K > 1) * (4 * table + table * (b == 2) + (12 - b) * max(1024 * N, AdaPonderLM.CHUNK))  # of the pondering embedding
+    return dict(backbone=K * N * d * 4 if remat else one + (K - 1) * (one - kv * (b == 2)), between=8 * K * N * d, gates=gates,
+                loss=table + logits, backward=max(vocab, sums + one + kv) if remat else vocab - one)
 
 
 def plan(a):
@@ -801,16 +810,16 @@ def plan(a):
     hours = training / (peak * a.mfu) / 3600
     b = 4 if t.dtype == 'float32' else 2
     act = activation_bytes(cfg, N, b == 2, t.remat)
+    peak_at = 'loss' if act['loss'] > act['backward'] else 'backward'
     memory = [('weights', 4 * P, '4 P: float32'), ('gradients', 4 * P, "4 P: float32, shared with DDP's buckets"),
               ('AdamW', 8 * P / (a.gpus if t.shard_optimizer else 1), '8 P' + ' / GPUs' * t.shard_optimizer + ': two moments in float32'),
-              ('bfloat16 weights', 2 * P * (b == 2), "2 P: autocast's copies"),
-              ('activations: backbone', act['backbone'],
-               f'K N d (4{" + 2 L b" * cfg.halting}) + N L d (4 + 16 b): inputs{" and K/V" * cfg.halting} of all iterations, one recomputed' if t.remat else
-               f'N L d (4 + 16 b) + (K - 1) N L d (4 + {14 if cfg.halting else 16} b): x in float32, two norms, q, k, v, y, 4 d and 4 d of the MLP'),
+              ('bfloat16 weights', 2 * (P - 2 * cfg.n_embd * cfg.vocab_size) * (b == 2), "2 (P - 2 d V): autocast's copies"),
+              ('activations: backbone', act['backbone'], '4 K N d: the input of every iteration' if t.remat else
+               f'N L d (4 + 16 b) + (K - 1) N L d (4 + {16 if not cfg.halting or b == 4 else 14} b): x in float32, two norms, q, k, v, y, 4 d and 4 d of the MLP'),
               ('activations: between', act['between'], '8 K N d: h, before and after the last norm'),
-              ('activations: gates', act['gates'], '(K - 1) N d (2 W b + 8): W d twice, h twice'),
-              ('logits', act['logits'], '16 times the numbers in a chunk: float32 logits, softmax, gradients'),
-              ('gradient of U', 4 * cfg.n_embd * cfg.vocab_size, '4 d V: made in the forward pass')]
+              ('activations: gates', act['gates'], '0: computed again' if t.remat else '(K - 1) N d (2 W b + 8): W d twice, h twice'),
+              ('in the loss', act['loss'], "logits of a chunk, and U's gradient, which is made in the forward pass") if peak_at == 'loss' else
+              ('in backward', act['backward'], 'an iteration computed again and sums of gradients, or the pondering embedding: see activation_bytes()')]
     need = sum(m for _, m, _ in memory)
     print(f'{a.config}: P = {P:,} parameters, L = {cfg.n_layer}, d = {cfg.n_embd}, V = {cfg.vocab_size}, K = {K}, W = gate_width = {cfg.gate_width}; '
           f'T = {t.block_size}; N = {t.batch_size} T = {N:,} tokens a micro-batch; b = {b} bytes; remat {"on" if t.remat else "off"}; {a.gpus} x {a.gpu}\n')

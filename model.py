@@ -270,6 +270,7 @@ class CrossEntropy(torch.autograd.Function):
                 dhs.append((p @ u) * w)
                 if dU is not None:
                     dU.addmm_(p.t(), x * w) if dtype == U.dtype else dU.add_(p.t() @ (x * w).to(dtype))
+            del p  # else it lives until the next one is there
         ctx.save_for_backward(torch.cat(dhs).to(h.dtype) if dhs else None, dU)
         nll = torch.cat(nlls)
         ctx.mark_non_differentiable(nll)
@@ -448,6 +449,11 @@ class AdaPonderLM(nn.Module):
             new.append(kv)
         return self.ln_f(x), new
 
+    def backbone_again(self, x, rope, kept, m):
+        """The dense backbone as checkpoint() runs it: of earlier K/V it takes, and keeps until backward, those of halted tokens. kept: two (M, nh, hs) a layer."""
+        kvs = [kv and tuple(t.new_zeros(*m.shape, *t.shape[1:]).masked_scatter(~m[..., None, None], t).transpose(1, 2) for t in kv) for kv in kept]
+        return self.backbone(x, rope, dense_attention, kvs, m)
+
     def decide(self, i, h, row, pos, policy=None, tau=None, halting=None, s=None):
         """Gate i and the halting decision. h: (..., d) -> s (...) in (0, 1), on (...) bool: True = this token goes on to iteration i + 1.
 
@@ -507,16 +513,18 @@ class AdaPonderLM(nn.Module):
         m = torch.ones_like(idx, dtype=torch.bool)  # m^0 = 1
         depth, kvs, hidden = torch.zeros_like(idx), [None] * self.cfg.n_layer, None
         gates, live = [], []
+        remat = self.remat and torch.is_grad_enabled()
         for i in range(max_iter):
-            if self.remat and torch.is_grad_enabled():
-                h, kvs = checkpoint(self.backbone, E, rope, dense_attention, kvs, m, use_reentrant=False)
+            if remat:
+                h, kvs = checkpoint(self.backbone_again, E, rope, kvs, m, use_reentrant=False)
             else:
                 h, kvs = self.backbone(E, rope, dense_attention, kvs, m)
             hidden = h if i == 0 or fixed else torch.where(m[..., None], h, hidden)
             depth = depth + m
             if i == max_iter - 1:
                 break
-            s, on = self.decide(i, hidden, row, pos, policy, tau, halting)
+            s = checkpoint(self.gates[i], hidden, use_reentrant=False) if remat and self.gates and halting is not False else None
+            s, on = self.decide(i, hidden, row, pos, policy, tau, halting, s)
             on = m & on  # monotone: m^(i+1) = m^i * 1[s^i >= tau]
             gates.append((s, m))
             live.append(on)
@@ -527,6 +535,8 @@ class AdaPonderLM(nn.Module):
             else:  # E^(i+1) = E^i + m^(i+1) s^i e^i, computed where m^(i+1) = 1
                 e = self.ponder(hidden[m]) * s[m][:, None]
                 E = E + torch.zeros_like(E).index_put((row[m], pos[m]), e.to(E.dtype))
+                if remat:
+                    kvs = [tuple(t.transpose(1, 2)[~m] for t in kv) for kv in kvs]
         return hidden, depth, gates, live
 
     def packed(self, idx, policy, tau, max_iter, halting, store=None, first_row=0):

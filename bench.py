@@ -475,7 +475,7 @@ def ppl(a):
         print('rank correlation of depth with what the iterations after d save: '
               + ', '.join(f'd = {d}: {cell("{:.3f}", r) or "none"}' for d, r in enumerate(runs[main]['spearman'], 1)))
     group = a.group or f'{Path(folder).name}, {cfg.n_layer} x {cfg.n_embd}' + (
-        f', pool {cfg.pool}, k {config["k_max"]:g}, lambda {config["ponder_lambda"]:g}' if config and cfg.halting else '')
+        f', objective {cfg.objective}, k {config["k_max"]:g}, lambda {config["ponder_lambda"]:g}' if config and cfg.halting else '')
     report(a, group=group, config=asdict(cfg), train_config=config, data=str(folder), tokens=x[:, 1:].numel(), full_flops=full, runs=runs, rows=rows)
 
 

@@ -5,7 +5,7 @@ Notable choices, in reading order:
 - The backbone is GPT-NeoX (Pythia): parallel attention and MLP, partial rotary, LayerNorm with bias, untied embeddings.
 - It runs n_iter times through the same weights. Between two iterations a token's input moves by its pondering
   embedding, the expected embedding of its next token (PonderLM, arXiv 2505.20674).
-- One gate MLP per iteration scales that move; a token whose gate falls under tau halts for good (AdaPonderLM, arXiv 2603.01914).
+- After each iteration a gate MLP of its own judges every token: one whose gate falls under tau halts for good (AdaPonderLM, arXiv 2603.01914).
 - A halted token keeps its hidden state and its K/V, so later iterations cannot change anything about it. Hence three
   executions of one function: dense (training), packed (only active tokens run), cached (decoding). They share `Block`;
   only the attention function that is handed to it differs.
@@ -38,14 +38,14 @@ class AdaPonderConfig:
     n_embd: int = 512              # width d of the residual stream; the MLPs are 4 d wide
     n_iter: int = 4                # K, passes through the backbone; 1 is vanilla Pythia
     halting: bool = True           # learned per-token depth; False is fixed-depth PonderLM
-    tau: float = 1e-4              # a token halts when its gate, in (0, 1), falls under this
+    tau: float = 1e-4              # a token halts when its gate, in (0, 1), falls under this (objective 'saving': nats a pass; training sets it)
     rotary_pct: float = 0.25       # share of each head's dimensions that rotate
     rotary_base: float = 10000.0   # longest rotary wavelength is 2 pi times about this, positions
     scale_embeds: bool = True      # multiply embeddings by sqrt(d), in E and in P V alike
     norm_eps: float = 1e-5         # LayerNorm's epsilon
     gate_width: int = 4            # hidden width of a gate's MLP, in units of n_embd
     gate_bias: float = 4.0         # logit at which gates start: sigmoid(4) = 0.98, open
-    pool: str = 'live'             # ponder loss: 'live' counts halted tokens as paid; 'all' is the paper's pool of every gate
+    objective: str = 'live'        # what the gates learn: 'saving' what going on will save; 'paper' to close, under pressure; 'live' the same, halted ones count as paid
     feedback: str = 'embedding'    # what an iteration hands to the next: 'embedding' (PonderLM) or 'hidden' (a loop transformer)
 
     def __post_init__(self):
@@ -66,8 +66,8 @@ class AdaPonderConfig:
             raise ValueError(f'rotary_pct ({self.rotary_pct}) of a head of {self.head_size} must be an even number of dimensions')
         if not self.rotary_base > 0 or not self.norm_eps > 0:
             raise ValueError('rotary_base and norm_eps must be positive')
-        if self.pool not in ('live', 'all'):
-            raise ValueError(f"pool must be 'live' or 'all', not {self.pool!r}")
+        if self.objective not in ('saving', 'live', 'paper'):
+            raise ValueError(f"objective must be 'saving', 'live' or 'paper', not {self.objective!r}")
         if self.feedback not in ('embedding', 'hidden'):
             raise ValueError(f"feedback must be 'embedding' or 'hidden', not {self.feedback!r}")
 
@@ -282,7 +282,7 @@ class CrossEntropy(torch.autograd.Function):
 
 
 class ExpectedRow(torch.autograd.Function):
-    """softmax(h U^T) V, the rows of V weighted by probability. h: (N, d), U, V: (vocab, d) -> (N, d).
+    """softmax(h U^T) V, the rows of V weighted by probability, and logsumexp(h U^T), without gradient. h: (N, d), U, V: (vocab, d) -> (N, d), (N,).
 
     This is attention of h over the rows of U: a running maximum and sum let it go through the vocabulary in blocks, so that no more than
     N x block logits live at a time, in backward too, where they are computed again.
@@ -301,11 +301,13 @@ class ExpectedRow(torch.autograd.Function):
             z = z.mul_(shrink).add_(p.sum(-1, keepdim=True))
             e.mul_(shrink).add_(p.to(dtype) @ v)
         e /= z
-        ctx.save_for_backward(h, U, V, e, top + z.log())
-        return e.to(h.dtype)
+        logsum = top + z.log()
+        ctx.save_for_backward(h, U, V, e, logsum)
+        ctx.mark_non_differentiable(flat := logsum.squeeze(-1))
+        return e.to(h.dtype), flat
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx, g, _):
         h, U, V, e, logsum = ctx.saved_tensors
         dtype, wide = ctx.dtypes
         dh, dU, dV = (torch.zeros_like(t, dtype=wide) if need else None for t, need in zip((h, U, V), ctx.needs_input_grad))
@@ -332,7 +334,7 @@ class Output:
     unembed: Callable                            # hidden -> logits
     nll: Optional[torch.Tensor] = None           # (B, T) nats, detached; 0 where the target is -1
     ce_loss: Optional[torch.Tensor] = None       # () mean of nll, nats a token
-    ponder_loss: Optional[torch.Tensor] = None   # () mean of the smallest k of the gates, see ponder_loss
+    ponder_loss: Optional[torch.Tensor] = None   # () what the gates learn from beside cross entropy, see ponder_loss and saving_loss
     loss: Optional[torch.Tensor] = None          # () ce_loss + ponder_lambda * ponder_loss
 
     @property
@@ -454,13 +456,21 @@ class AdaPonderLM(nn.Module):
         kvs = [kv and tuple(t.new_zeros(*m.shape, *t.shape[1:]).masked_scatter(~m[..., None, None], t).transpose(1, 2) for t in kv) for kv in kept]
         return self.backbone(x, rope, dense_attention, kvs, m)
 
+    def gate(self, i, h):
+        """Gate i's values. h: (..., d) -> (...). One that predicts what its token will save only watches: h has no gradient from it."""
+        return self.gates[i](h.detach() if self.cfg.objective == 'saving' else h)
+
+    def step_size(self, s):
+        """What scales the pondering embedding of tokens that go on: the gate, or 1 where the gate is a prediction."""
+        return torch.ones_like(s) if self.cfg.objective == 'saving' else s
+
     def decide(self, i, h, row, pos, policy=None, tau=None, halting=None, s=None):
         """Gate i and the halting decision. h: (..., d) -> s (...) in (0, 1), on (...) bool: True = this token goes on to iteration i + 1.
 
         policy: fn(i, s, h, row, pos) -> on, default s >= tau; row, pos: int64 shaped like s, which token each is. s: the gate values, if they are known.
         """
         if s is None and self.gates and halting is not False:
-            s = self.gates[i](h)
+            s = self.gate(i, h)
         elif s is None:
             s = torch.ones(h.shape[:-1], device=h.device, dtype=torch.promote_types(h.dtype, torch.float32))
         on = policy(i, s, h, row, pos) if policy else s >= (self.cfg.tau if tau is None else tau)
@@ -484,14 +494,25 @@ class AdaPonderLM(nn.Module):
         """Whether the product of few rows with a large vocabulary is better done as many small ones."""
         return few(x, 64) and self.cfg.vocab_size % 64 == 0 and self.cfg.vocab_size >= 8192
 
-    def ponder(self, h):
-        """The same of tokens with these hidden states, without ever holding all logits. h: (N, d) -> (N, d)."""
+    def ponder(self, h, targets=None):
+        """The same of tokens with these hidden states, without ever holding all logits. h: (N, d) -> e (N, d); with targets (N,): e, nll (N,) nats, detached."""
+        U, nll = self.unembed.weight, None
         if self.cfg.feedback == 'hidden':
-            return h
-        if len(h) * self.cfg.vocab_size <= self.CHUNK // 8:
-            return self.expect(self.unembed(h))
-        block = 1024 if h.device.type == 'cpu' else max(1024, self.CHUNK // len(h))  # a CPU's cache wants few, a GPU many
-        return ExpectedRow.apply(h, self.unembed.weight, self.embed.weight, block) * self.cfg.embed_scale
+            e = h
+            if targets is not None:
+                nll = CrossEntropy.apply(h.detach(), U.detach(), targets, self.chunk)[1]
+        elif len(h) * self.cfg.vocab_size <= self.CHUNK // 8:
+            logits = self.unembed(h)
+            e = self.expect(logits)
+            if targets is not None:
+                nll = F.cross_entropy(logits.detach(), targets, ignore_index=-1, reduction='none')
+        else:
+            block = 1024 if h.device.type == 'cpu' else max(1024, self.CHUNK // len(h))  # a CPU's cache wants few, a GPU many
+            e, logsum = ExpectedRow.apply(h, U, self.embed.weight, block)
+            e = e * self.cfg.embed_scale
+            if targets is not None:
+                nll = (logsum - (h.detach() * U.detach()[targets.clamp(min=0)]).sum(-1)) * (targets != -1)
+        return e if targets is None else (e, nll)
 
     @property
     def chunk(self):
@@ -503,8 +524,12 @@ class AdaPonderLM(nn.Module):
 
     # the executions over whole sequences
 
-    def dense(self, idx, policy, tau, max_iter, halting):
-        """Every token runs every iteration; the mask decides what of it counts. Returns hidden, depth, gates, live: the last two (B, T, n_iter - 1)."""
+    def dense(self, idx, policy, tau, max_iter, halting, explore=None, targets=None):
+        """Every token runs every iteration; the mask decides what of it counts.
+
+        Returns hidden (B, T, d), depth (B, T), and lists with an entry for each gate: its values and who met it (B, T), who went on after it
+        (B, T), and, given targets, the NLL that those would have had if they had not (M,).
+        """
         B, T = idx.shape
         fixed = policy is None and (halting is False or not self.gates)  # nobody can halt
         row, pos = torch.meshgrid(torch.arange(B, device=idx.device), torch.arange(T, device=idx.device), indexing='ij')
@@ -512,7 +537,7 @@ class AdaPonderLM(nn.Module):
         rope = rope_table(pos[0], self.cfg, E.dtype)
         m = torch.ones_like(idx, dtype=torch.bool)  # m^0 = 1
         depth, kvs, hidden = torch.zeros_like(idx), [None] * self.cfg.n_layer, None
-        gates, live = [], []
+        gates, live, early = [], [], []
         remat = self.remat and torch.is_grad_enabled()
         for i in range(max_iter):
             if remat:
@@ -523,8 +548,10 @@ class AdaPonderLM(nn.Module):
             depth = depth + m
             if i == max_iter - 1:
                 break
-            s = checkpoint(self.gates[i], hidden, use_reentrant=False) if remat and self.gates and halting is not False else None
+            s = checkpoint(self.gate, i, hidden, use_reentrant=False) if remat and self.gates and halting is not False else None
             s, on = self.decide(i, hidden, row, pos, policy, tau, halting, s)
+            if explore is not None:
+                on = on | explore
             on = m & on  # monotone: m^(i+1) = m^i * 1[s^i >= tau]
             gates.append((s, m))
             live.append(on)
@@ -533,20 +560,24 @@ class AdaPonderLM(nn.Module):
                 E = E + self.ponder(hidden.flatten(0, 1)).view_as(E)
                 kvs = [None] * self.cfg.n_layer  # no K/V to keep
             else:  # E^(i+1) = E^i + m^(i+1) s^i e^i, computed where m^(i+1) = 1
-                e = self.ponder(hidden[m]) * s[m][:, None]
+                e = self.ponder(hidden[m], None if targets is None else targets[m])
+                if targets is not None:
+                    e, nll = e
+                    early.append(nll)
+                e = e * self.step_size(s[m])[:, None]
                 E = E + torch.zeros_like(E).index_put((row[m], pos[m]), e.to(E.dtype))
                 if remat:
                     kvs = [tuple(t.transpose(1, 2)[~m] for t in kv) for kv in kvs]
-        return hidden, depth, gates, live
+        return hidden, depth, gates, live, early
 
-    def packed(self, idx, policy, tau, max_iter, halting, store=None, first_row=0):
+    def packed(self, idx, policy, tau, max_iter, halting, explore=None, targets=None, store=None, first_row=0):
         """Only active tokens run. As dense(); store(i, kvs), if given, receives each iteration's K/V of all tokens."""
         B, T = idx.shape
         row, pos = (t.flatten() for t in torch.meshgrid(torch.arange(B, device=idx.device), torch.arange(T, device=idx.device), indexing='ij'))
         E = self.embed_tokens(idx).flatten(0, 1)  # (N, d), N = B * T
         rope = rope_table(pos, self.cfg, E.dtype)
         depth, kvs, hidden = torch.zeros_like(idx), [None] * self.cfg.n_layer, None
-        counts, gates, live = [T] * B, [], []
+        counts, gates, live, early = [T] * B, [], [], []
         for i in range(max_iter):
             h, kvs = self.backbone(E, rope, packed_attention, kvs, (row, pos, counts))
             if store:
@@ -556,6 +587,8 @@ class AdaPonderLM(nn.Module):
             if i == max_iter - 1:
                 break
             s, on = self.decide(i, h, row + first_row, pos, policy, tau, halting)
+            if explore is not None:
+                on = on | explore[row, pos]
             spread = torch.zeros(B, T, device=idx.device, dtype=s.dtype).index_put((row, pos), s)
             ran = torch.zeros_like(idx, dtype=torch.bool).index_put((row, pos), torch.ones_like(on))
             gates.append((spread, ran))
@@ -566,17 +599,22 @@ class AdaPonderLM(nn.Module):
                 counts = torch.bincount(row, minlength=B).tolist()
                 if not len(row):
                     break
-            E = E + s[:, None].to(E.dtype) * self.ponder(h).to(E.dtype)
-        return hidden, depth, gates, live
+            e = self.ponder(h, None if targets is None else targets[row, pos])
+            if targets is not None:
+                e, nll = e
+                early.append(nll)
+            E = E + self.step_size(s)[:, None].to(E.dtype) * e.to(E.dtype)
+        return hidden, depth, gates, live, early
 
-    def forward(self, idx, targets=None, execution='dense', policy=None, tau=None, max_iter=None, halting=None, k=0.0, ponder_lambda=0.0):
+    def forward(self, idx, targets=None, execution='dense', policy=None, tau=None, max_iter=None, halting=None, k=0.0, ponder_lambda=0.0, explore=None):
         """The whole model on sequences. Returns an Output.
 
         idx, targets: (B, T) int64, T <= block_size; a target of -1 is ignored.
         execution: 'dense' or 'packed', the same function computed two ways.
         policy, tau: the halting decision, see decide(). max_iter: stop after this many iterations.
         halting=False: ignore the gates in this call (s = 1, nobody halts), the objective of training's first stage.
-        k: fraction of all gates in the ponder pool; ponder_lambda: its weight.
+        k: fraction of all gates in the ponder pool, where there is one; ponder_lambda: weight of the ponder loss.
+        explore: (B, T) bool, tokens that go on whatever their gates say, so that these learn what halting costs (objective 'saving').
         Raises ValueError for a sequence longer than block_size or an unknown execution.
         """
         B, T = idx.shape
@@ -585,7 +623,8 @@ class AdaPonderLM(nn.Module):
             raise ValueError(f'a sequence of {T} tokens does not fit: this model takes 1 to block_size = {self.cfg.block_size}')
         if execution not in ('dense', 'packed'):
             raise ValueError(f"execution must be 'dense' or 'packed', not {execution!r}")
-        hidden, depth, gates, live = getattr(self, execution)(idx, policy, tau, max_iter, halting)
+        savings = targets is not None and self.cfg.objective == 'saving' and self.gates and halting is not False and torch.is_grad_enabled()
+        hidden, depth, gates, live, early = getattr(self, execution)(idx, policy, tau, max_iter, halting, explore, targets if savings else None)
         shown = torch.zeros(B, T, self.cfg.n_iter - 1, device=idx.device, dtype=gates[0][0].dtype if gates else hidden.dtype)
         for i, (s, m) in enumerate(gates):
             shown[..., i] = (s * m).detach()
@@ -594,26 +633,39 @@ class AdaPonderLM(nn.Module):
             total, nll = CrossEntropy.apply(hidden.flatten(0, 1), self.unembed.weight, targets.flatten(), self.chunk)
             out.nll = nll.view(B, T)
             out.ce_loss = total / (targets != -1).sum()
-            out.ponder_loss = self.ponder_loss(gates, live, k, execution)
+            out.ponder_loss = self.saving_loss(gates, live, early, out.nll, depth, targets) if savings else self.ponder_loss(gates, live, k, execution)
             out.loss = out.ce_loss + ponder_lambda * out.ponder_loss
         return out
 
     def ponder_loss(self, gates, live, k, execution='dense'):
-        """Mean of the smallest k fraction of the gate values, a scalar (arXiv 2603.01914; see cfg.pool).
+        """Mean of the smallest k fraction of the gate values, a scalar (arXiv 2603.01914).
 
-        pool='all' takes the values of every token and gate. pool='live' puts 0, which has no gradient, in place of those that led to a halt or came
+        objective='paper' takes the values of every token and gate. objective='live' puts 0, which has no gradient, in place of those that led to a halt or came
         after one: a halted iteration is paid for, so pressure ends when the share k has halted, and never pushes tokens far under tau.
         """
-        if not gates:
+        if not gates or self.cfg.objective == 'saving':
             return torch.zeros((), device=self.embed.weight.device)
         s = torch.stack([s for s, _ in gates]).flatten()
-        if self.cfg.pool == 'live':
+        if self.cfg.objective == 'live':
             s = torch.where(torch.stack(live).flatten(), s, 0.0)
         elif execution == 'packed' and torch.is_grad_enabled():
-            raise ValueError("pool='all' needs the gates of halted tokens, which only execution='dense' computes")
+            raise ValueError("objective='paper' needs the gates of halted tokens, which only execution='dense' computes")
         n = torch.as_tensor(k, device=s.device, dtype=s.dtype) * len(s)  # a tensor, so that a changing k does not recompile
         weight = (n - torch.arange(len(s), device=s.device)).clamp(0, 1)  # the n smallest, the last one in part
         return (s.sort().values * weight).sum() / n.clamp(min=1)
+
+    def saving_loss(self, gates, live, early, nll, depth, targets):
+        """How far gates are from predicting what going on saved, a scalar.
+
+        A token that went on after iteration i saved (NLL it would have had - NLL it has) / passes it made since, in nats a pass. Gate i's s is its
+        prediction: cross entropy with this number as a soft target is least at the expectation, also where single savings are negative.
+        """
+        loss = torch.zeros((), device=nll.device)
+        for i, ((s, _), on, before) in enumerate(zip(gates, live, early)):
+            saved = ((before - nll[on]) / (depth[on] - (i + 1))).clamp(-1, 1)
+            g, counts = torch.logit(s[on], 1e-7), targets[on] != -1
+            loss = loss + ((F.softplus(g) - saved * g) * counts).sum() / counts.sum().clamp(min=1)
+        return loss
 
     def check_max_iter(self, max_iter):
         if max_iter is None:
@@ -634,7 +686,7 @@ class AdaPonderLM(nn.Module):
             done, last = i, kvs
         last = None
         idx = torch.tensor([tokens], device=self.embed.weight.device)
-        hidden, depth, gates, _ = self.packed(idx, policy, tau, max_iter, None, store, first_row=seq)
+        hidden, depth, gates, *_ = self.packed(idx, policy, tau, max_iter, None, store=store, first_row=seq)
         for i in range(done + 1, self.cfg.n_iter):  # everyone had halted: the later iterations see the same
             cache.fill(slot, i, last)
         d = int(depth[0, -1])
@@ -718,7 +770,7 @@ class AdaPonderLM(nn.Module):
                 go, halted = [n for n in range(len(where)) if on[n]], []
                 if go:
                     e = h[go] if self.cfg.feedback == 'hidden' else self.expect(logits[go])
-                    E[slot_t[go]] += torch.tensor([s[n] for n in go], device=device, dtype=dtype)[:, None] * e
+                    E[slot_t[go]] += self.step_size(torch.tensor([s[n] for n in go], device=device, dtype=dtype))[:, None] * e
                 for n, (b, i, p) in enumerate(where):
                     if on[n]:
                         it[b] += 1
@@ -791,11 +843,14 @@ class AdaPonderLM(nn.Module):
     @classmethod
     def from_state(cls, state):
         """The model in what load_checkpoint() returned."""
+        try:
+            cfg = AdaPonderConfig(**state['config'])
+        except TypeError as e:
+            raise ValueError(f'the checkpoint is of another version of this project: {e}') from None
         with torch.device('meta'):
-            model = cls(AdaPonderConfig(**state['config']))
+            model = cls(cfg)
         model.load_state_dict(state['model'], assign=True)
         return model
-
 
     @classmethod
     def from_pretrained(cls, path, n_iter=None, dtype=torch.float32, **overrides):

@@ -127,7 +127,7 @@ def naive(model, tokens, policy=None, halting=True):
                 if alive[t]:
                     p = np.exp(out[t] - out[t].max())
                     e = (p / p.sum()) @ w['embed.weight'] * scale
-                    E[t] = E[t] + s * (h if cfg.feedback == 'hidden' else e)
+                    E[t] = E[t] + (1.0 if cfg.objective == 'saving' else s) * (h if cfg.feedback == 'hidden' else e)
     return np.stack(out), depth, gates
 
 
@@ -147,7 +147,7 @@ def cached(model, tokens, n, **kw):
     return torch.stack(logits), [s.depth for s in steps], [s.gates for s in steps]
 
 
-@pytest.mark.parametrize('kw', [{}, dict(n_iter=1), dict(halting=False), dict(scale_embeds=False, rotary_pct=0.25, n_iter=3), dict(feedback='hidden')])
+@pytest.mark.parametrize('kw', [{}, dict(n_iter=1), dict(halting=False), dict(scale_embeds=False, rotary_pct=0.25, n_iter=3), dict(feedback='hidden'), dict(objective='saving', tau=0.3)])
 def test_three_executions_equal_the_naive_reference(kw):
     m = tiny(**kw)
     tokens = torch.randint(61, (2, 14), generator=torch.Generator().manual_seed(5))
@@ -204,9 +204,9 @@ def test_packed_has_the_gradients_of_dense():
     assert max((a - b).abs().max() for a, b in zip(*grads)) < 1e-10
 
 
-@pytest.mark.parametrize('pool', ['live', 'all'])
-def test_gradients_reach_every_gate_and_are_right(pool):
-    m = tiny(open_gates=True, pool=pool)
+@pytest.mark.parametrize('objective', ['live', 'paper'])
+def test_gradients_reach_every_gate_and_are_right(objective):
+    m = tiny(open_gates=True, objective=objective)
     x, y = torch.randint(61, (2, 2, 12), generator=torch.Generator().manual_seed(3))
 
     def loss():
@@ -242,12 +242,39 @@ def test_ponder_loss_is_the_mean_of_the_smallest():
         assert want > 0 and 0.0 in values
         assert abs(float(m(x, x, k=k, policy=policy).ponder_loss) - want / n) < 1e-12
         assert abs(float(m(x, x, k=k, policy=policy, execution='packed').ponder_loss) - want / n) < 1e-12
-    m.cfg.pool = 'all'  # where nobody halts the paper's pool is every value; where some do, halted tokens' gates go on counting
+    m.cfg.objective = 'paper'  # where nobody halts its pool is every value; where some do, halted tokens' gates go on counting
     values = sorted(m(x, policy=coin(0)).gates.flatten().tolist())
     assert abs(float(m(x, x, k=0.5, policy=coin(0)).ponder_loss) - sum(values[:48]) / 48) < 1e-12
     assert float(m(x, x, k=0.5, policy=policy).ponder_loss) > 0
     with torch.enable_grad(), pytest.raises(ValueError, match='needs the gates of halted tokens'):
         m(x, x, k=0.5, execution='packed')
+
+
+@pytest.mark.parametrize('chunk', [2 ** 24, 400])  # few logits, and the vocabulary in blocks
+@pytest.mark.parametrize('execution', ['dense', 'packed'])
+@pytest.mark.parametrize('feedback', ['embedding', 'hidden'])
+def test_saving_loss_is_what_going_on_saved(feedback, execution, chunk):
+    """Against one token after another: what it would have lost after each iteration, less what it lost, for each pass between."""
+    m = tiny(objective='saving', tau=0.3, feedback=feedback)
+    m.CHUNK = chunk
+    g = torch.Generator().manual_seed(5)
+    x, y = torch.randint(61, (2, 2, 20), generator=g)
+    y[0, 3] = -1
+    explore = torch.rand(2, 20, generator=g) < 0.2
+    out = m(x, y, execution=execution, explore=explore, ponder_lambda=0.7)
+    assert (out.depth[explore] == 4).all() and {1, 2, 4} <= set(out.depth[~explore].tolist())
+    depth = out.depth
+    want = 0
+    for i in range(3):
+        stopped = [m(x, y, policy=lambda j, s, h, row, pos: (depth[row, pos] > j + 1) & ~((row == b) & (pos == t) & (j == i))).nll[b, t].item()
+                   for b in range(2) for t in range(20) if depth[b, t] > i + 1 and y[b, t] != -1]
+        on = (depth > i + 1) & (y != -1)
+        saved = ((torch.tensor(stopped, dtype=torch.float64) - out.nll[on]) / (depth[on] - i - 1)).clamp(-1, 1)
+        s = out.gates[..., i][on].clamp(1e-7, 1 - 1e-7)
+        want += -(saved * s.log() + (1 - saved) * (1 - s).log()).mean()
+    assert abs(out.ponder_loss.item() - want.item()) < 1e-9 and abs(out.loss.item() - out.ce_loss.item() - 0.7 * want.item()) < 1e-9
+    out.ponder_loss.backward()
+    assert all((p.grad is not None and p.grad.abs().max() > 0) == n.startswith('gates.') for n, p in m.named_parameters())
 
 
 def test_masks_are_monotone_and_a_halted_token_is_frozen():
@@ -266,11 +293,11 @@ def test_masks_are_monotone_and_a_halted_token_is_frozen():
     assert (alone.logits[0, first] - m(x).logits[0, first]).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize('open_gates', [True, False])
-def test_remat_and_chunks_change_no_gradient(open_gates):
-    m = tiny(open_gates=open_gates)
+@pytest.mark.parametrize('kw', [dict(open_gates=True), {}, dict(objective='saving', tau=0.3)])
+def test_remat_and_chunks_change_no_gradient(kw):
+    m = tiny(**kw)
     x = torch.randint(61, (2, 24), generator=torch.Generator().manual_seed(7))
-    assert (m(x).depth < 4).any() != open_gates
+    assert {1, 4} <= set(m(x).depth.flatten().tolist())
 
     def grads():
         m.zero_grad()
@@ -290,15 +317,16 @@ def test_expected_row_and_cross_entropy_are_the_plain_formulas(block):
         h[1] = 300 * U[60]
     w, targets = torch.randn(30, 16, generator=g, dtype=torch.float64), torch.randint(-1, 61, (30,), generator=g)
     plain = [(h @ U.t()).softmax(-1) @ V, torch.nn.functional.cross_entropy(h @ U.t(), targets, ignore_index=-1, reduction='sum')]
-    ours = [model_py.ExpectedRow.apply(h, U, V, block), model_py.CrossEntropy.apply(h, U, targets, block)[0]]
+    ours = [model_py.ExpectedRow.apply(h, U, V, block)[0], model_py.CrossEntropy.apply(h, U, targets, block)[0]]
     for want, got in zip(plain, ours):
         assert (want - got).abs().max() < 1e-10
         grads = [torch.autograd.grad((x * w).sum() if x.dim() else 3 * x, (h, U, V), allow_unused=True) for x in (want, got)]
         for a, b in zip(*grads):
             assert (a is None) == (b is None) and (a is None or (a - b).abs().max() < 1e-9)
     with torch.autocast('cpu', torch.bfloat16):
-        rough = model_py.ExpectedRow.apply(h.float() / 4, U.float(), V.float(), block)
-    assert (rough - (h @ U.t() / 4).softmax(-1) @ V).abs().mean() < 0.02 and rough.dtype == torch.float32
+        rough, logsum = model_py.ExpectedRow.apply(h.float() / 4, U.float(), V.float(), block)
+    assert (rough - (h @ U.t() / 4).softmax(-1) @ V).abs().mean() < 0.02 and rough.dtype == logsum.dtype == torch.float32
+    assert (logsum - (h @ U.t() / 4).logsumexp(-1))[2:].abs().mean() < 0.02 and (model_py.ExpectedRow.apply(h, U, V, block)[1] - (h @ U.t()).logsumexp(-1)).abs().max() < 1e-10
 
 
 # generation
@@ -810,7 +838,7 @@ def test_save_pretrained_keeps_every_bit(tmp_path, monkeypatch):
     transformers = pytest.importorskip('transformers')
     for dtype, kw in ((torch.float32, {}), (torch.bfloat16, dict(n_iter=3, tau=0.01, rotary_pct=0.25, norm_eps=1e-6)),
                       (torch.float64, dict(halting=False, rotary_base=5000.0)),
-                      (torch.float32, dict(n_iter=1, scale_embeds=False, feedback='hidden', pool='all', gate_bias=2.0))):
+                      (torch.float32, dict(n_iter=1, scale_embeds=False, feedback='hidden', objective='paper', gate_bias=2.0))):
         m = tiny(torch.float64, **kw).to(dtype)
         for absent in (False, True, False):
             with monkeypatch.context() as patch:
@@ -1694,6 +1722,32 @@ def test_resume_is_exact_in_every_phase(trained, capsys):
     assert read_log(out) == read_log(trained / 'out')
 
 
+def test_savings_are_learned_alike_however_the_run_goes(trained, tmp_path, capsys):
+    """Objective 'saving': the price follows its rule from the log; an interrupted run and one of two processes equal the plain one."""
+    kw = dict(objective='saving', tau=0.49, gate_bias=0.0, explore=0.2, k_max=0.5, freeze_backbone=3, execution='packed')
+    assert run_train(trained / 'data', tmp_path / 'a', **kw) == 0
+    log = [r for r in read_log(tmp_path / 'a') if 'loss' in r]
+    tau = 0.49
+    for r in log:
+        acting = r['step'] > 6 + 3  # gates alone first
+        tau *= math.exp(0.3 * (r['k'] - r['halted'])) if acting else 1
+        assert abs(r['tau'] / tau - 1) < 1e-9 and (acting or r['depth'] == 3)
+    state = load_checkpoint(tmp_path / 'a/ckpt.pt')
+    assert state['config']['tau'] == log[-1]['tau'] and 0 < log[-1]['halted'] < 1
+
+    def at(n, loss):
+        if n == 9 * 4 + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert run_train(trained / 'data', tmp_path / 'b', at, **kw) == run_train(trained / 'data', tmp_path / 'b', **kw) == 0
+    assert distance(tmp_path / 'a', tmp_path / 'b') == 0 and load_checkpoint(tmp_path / 'b/ckpt.pt')['config'] == state['config']
+    (tmp_path / 'run.py').write_text('import sys, torch, train\ntorch.set_default_dtype(torch.float64)\ntrain.main(sys.argv[1:])\n')
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', tmp_path / 'run.py',
+                           *arguments(trained / 'data', tmp_path / 'c', **kw)], env=subprocess_env(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert distance(tmp_path / 'a', tmp_path / 'c') < 1e-9
+    assert [r['halted'] for r in read_log(tmp_path / 'c') if 'loss' in r] == pytest.approx([r['halted'] for r in log], abs=1e-9)
+
+
 def subprocess_env(**kw):
     return {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(HERE), **{k: str(v) for k, v in kw.items()}}
 
@@ -1861,8 +1915,8 @@ def test_disk_full_costs_one_checkpoint(trained, tmp_path, capsys):
     (dict(ponder_start='soon'), "or '40%' of max_steps, not 'soon'"), (dict(ponder_start=0.4), "or '40%' of max_steps, not '0.4'"),
     (dict(warmup='1.2.3 steps'), 'warmup must be'),
     (dict(dtype='float16'), "dtype must be 'auto', 'float32' or 'bfloat16', not 'float16'"), (dict(batch_size=0), 'must be at least 1'),
-    (dict(execution='packed', pool='all'), "or 'packed' with --pool=live"), (dict(k_max=1.5), 'k_max must lie in 0 .. 1'),
-    (dict(n_embd=17), 'n_embd (17) must be divisible by n_head (2)'), (dict(pool='some'), 'pool must be'), (dict(vocab_size=200), 'the data has 257 token ids'),
+    (dict(execution='packed', objective='paper'), "or 'packed' with another objective"), (dict(k_max=1.5), 'must lie in 0 .. 1'),
+    (dict(n_embd=17), 'n_embd (17) must be divisible by n_head (2)'), (dict(objective='some'), 'objective must be'), (dict(vocab_size=200), 'the data has 257 token ids'),
     (dict(init_from='nowhere.pt'), 'no checkpoint at nowhere.pt'), (dict(init_from='./nowhere'), 'no folder ./nowhere'), (dict(block_size=600), 'val split of'),
     (dict(data_dir='data/pile'), 'no data in data/pile: make it with "python prepare_data.py PATH ... --tokenizer TOKENIZER --out data/pile"')])
 def test_train_refuses_nonsense(trained, tmp_path, capsys, monkeypatch, kw, words):
@@ -1937,7 +1991,7 @@ def test_a_config_changed_on_resume_is_said_or_refused(trained, tmp_path, capsys
 
 def test_baselines_and_starting_points(trained, tmp_path, capsys):
     short = dict(max_steps=2, ponder_start=1, freeze_backbone=0, sample_tokens=5)
-    for kw, depth in [(dict(n_iter=1), 1.0), (dict(halting=False), 3.0), (dict(feedback='hidden'), None), (dict(pool='all', remat=True), None),
+    for kw, depth in [(dict(n_iter=1), 1.0), (dict(halting=False), 3.0), (dict(feedback='hidden'), None), (dict(objective='paper', remat=True), None),
         (dict(init_from=trained / 'out/ckpt.pt', n_iter=2, k_max=0.0), None)]:
         assert run_train(trained / 'data', tmp_path / 'out', resume=False, **short, **kw) == 0
         text = capsys.readouterr().out
@@ -1970,7 +2024,7 @@ def test_configs_have_the_published_sizes():
             n = sum(p.numel() for name, p in m.named_parameters() if not name.startswith('gates.'))
             assert n == published.get(file.stem, n)
             seen.add(file.stem)
-        if file.stem != 'tiny':
+        if file.stem not in ('tiny', 'evidence'):
             assert tokens == 2 ** 21 and cfg.block_size == 2048 and cfg.n_iter == 4 and cfg.gradient_accumulation_steps % 64 == 0
     assert seen >= set(published)
 
@@ -1979,7 +2033,7 @@ def test_configs_have_the_published_sizes():
 
 @pytest.mark.parametrize('kw, words', [
     (dict(n_embd=30), 'divisible by n_head'), (dict(n_iter=0), 'n_iter must be at least 1'), (dict(tau=1.0), r'tau must be in \[0, 1\)'), (dict(tau=-0.1), 'tau'),
-    (dict(vocab_size=0), 'vocab_size must be at least 1'), (dict(n_embd='32'), 'must be of type int'), (dict(rotary_pct=0.4), 'rotary_pct'), (dict(pool='x'), 'pool'),
+    (dict(vocab_size=0), 'vocab_size must be at least 1'), (dict(n_embd='32'), 'must be of type int'), (dict(rotary_pct=0.4), 'rotary_pct'), (dict(objective='x'), 'objective'),
     (dict(feedback='x'), 'feedback')])
 def test_config_refuses_nonsense(kw, words):
     with pytest.raises(ValueError, match=words):

@@ -60,13 +60,14 @@ class TrainConfig:
     scale_embeds: bool = True
     gate_width: int = 4
     gate_bias: float = 4.0
-    pool: str = 'live'                # 'all': the paper's
+    objective: str = 'live'           # how gates learn to halt: 'paper', 'live' or 'saving', see AdaPonderConfig
     feedback: str = 'embedding'       # 'hidden': a loop transformer
-    # the two-stage objective
+    # the two stages
     ponder_start: Duration = '40%'    # S0: until here plain PonderLM; then the gates act
     ponder_full: Duration = '70%'     # S1: k has risen from 0 at S0 to k_max here
-    k_max: float = 0.4                # fraction of all gate values under pressure
-    ponder_lambda: float = 0.1        # weight of that pressure
+    k_max: float = 0.4                # fraction of all gate values under pressure; objective 'saving': the share of gated iterations that shall not run
+    ponder_lambda: float = 0.1        # weight of the ponder loss
+    explore: float = 0.03             # objective 'saving': share of the training tokens that run all iterations, to show what halting costs
     freeze_backbone: Duration = 0     # from S0 on, train the gates alone for this long
     # optimisation
     batch_size: int = 16              # sequences a micro-batch
@@ -92,7 +93,7 @@ class TrainConfig:
     device: str = 'auto'              # 'cpu', 'cuda', 'mps'; auto: cuda where there is one, else cpu
     dtype: str = 'auto'               # 'float32' or 'bfloat16' (autocast); auto: bfloat16 on cuda
     compile: bool = True              # torch.compile the backbone; on cuda only
-    execution: str = 'auto'           # once gates act: 'dense' runs halted tokens and masks them, 'packed' skips them (pool 'live', no remat); auto: packed on a CPU
+    execution: str = 'auto'           # once gates act: 'dense' runs halted tokens and masks them, 'packed' skips them (not with objective 'paper' or remat); auto: packed on a CPU
     remat: bool = False               # recompute each iteration's blocks in backward: memory of one iteration for one more forward of the blocks
     shard_optimizer: bool = False     # ZeroRedundancyOptimizer: optimizer state split over the processes
 
@@ -334,14 +335,14 @@ def main(argv):
         raise UsageError(f"dtype must be 'auto', 'float32' or 'bfloat16', not {cfg.dtype!r}")
     bf16 = cfg.dtype == 'bfloat16' or (cfg.dtype == 'auto' and device.type == 'cuda')
     autocast = (lambda: torch.autocast(device.type, torch.bfloat16)) if bf16 else nullcontext
-    if cfg.execution not in ('auto', 'dense', 'packed') or (cfg.execution == 'packed' and (cfg.pool != 'live' or cfg.remat)):
-        raise UsageError(f"execution must be 'auto', 'dense', or 'packed' with --pool=live and --remat=False, not {cfg.execution!r}")
+    if cfg.execution not in ('auto', 'dense', 'packed') or (cfg.execution == 'packed' and (cfg.objective == 'paper' or cfg.remat)):
+        raise UsageError(f"execution must be 'auto', 'dense', or 'packed' with another objective than 'paper' and --remat=False, not {cfg.execution!r}")
     if cfg.gradient_accumulation_steps % world:
         raise UsageError(f'gradient_accumulation_steps ({cfg.gradient_accumulation_steps}) must be a multiple of the number of processes ({world})')
     if min(cfg.batch_size, cfg.block_size, cfg.gradient_accumulation_steps, cfg.log_interval) < 1:
         raise UsageError('batch_size, block_size, gradient_accumulation_steps and log_interval must be at least 1')
-    if not 0 <= cfg.k_max <= 1 or min(cfg.ponder_lambda, cfg.learning_rate, cfg.final_lr, cfg.grad_clip) < 0:
-        raise UsageError('k_max must lie in 0 .. 1; ponder_lambda, learning_rate, final_lr and grad_clip must not be negative')
+    if not 0 <= cfg.k_max <= 1 or not 0 <= cfg.explore <= 1 or min(cfg.ponder_lambda, cfg.learning_rate, cfg.final_lr, cfg.grad_clip) < 0:
+        raise UsageError('k_max and explore must lie in 0 .. 1; ponder_lambda, learning_rate, final_lr and grad_clip must not be negative')
     master = rank == 0
     say = tqdm.write if master else lambda *a: None
     tokens_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size
@@ -383,7 +384,7 @@ def main(argv):
     # model
     torch.manual_seed(cfg.seed)
     shape = {f.name: getattr(cfg, f.name) for f in fields(AdaPonderConfig) if hasattr(cfg, f.name)}
-    own = {k: shape[k] for k in ('n_iter', 'halting', 'tau', 'gate_width', 'gate_bias', 'pool', 'feedback')}  # what a loaded backbone may be given anew
+    own = {k: shape[k] for k in ('n_iter', 'halting', 'tau', 'gate_width', 'gate_bias', 'objective', 'feedback')}  # what a loaded backbone may be given anew
     resumed = None
     try:
         if cfg.resume and ckpt_path.exists():
@@ -453,11 +454,15 @@ def main(argv):
     if cfg.compile and device.type == 'cuda':
         model.backbone = torch.compile(model.backbone)  # one graph, used by all iterations
 
+    saving = bool(model.gates) and model.cfg.objective == 'saving'
+
     def phase(step):
-        """What learns at this step: gates that do not act yet stay out of the optimizer and of DDP's buckets."""
+        """What learns at this step: gates that neither act nor learn yet stay out of the optimizer and of DDP's buckets."""
         if not model.gates:
             return 'all'
-        return 'backbone' if step < S0 else 'gates' if step < S0 + freeze else 'all'
+        if step < S0:
+            return 'all' if saving else 'backbone'
+        return 'gates' if step < S0 + freeze else 'all'
 
     def anyone(flag):
         """True on all processes where it is on one: they decide alike."""
@@ -510,7 +515,8 @@ def main(argv):
 
     while True:
         now = phase(step)
-        halting = None if now != 'backbone' else False
+        acting = bool(model.gates) and step >= S0 + saving * freeze  # gates that predict learn before they act
+        halting = None if acting else False
         if (step % max(1, eval_interval) == 0 and step > 0) or step >= max_steps:
             result = evaluate(model, val, cfg, device, autocast, halting, rank, world)
             say(f'step {step}: val loss {result["loss"]:.4f}, ppl {result["ppl"]:.3f}, mean depth {result["depth"]:.2f} of {model.cfg.n_iter}, '
@@ -527,7 +533,7 @@ def main(argv):
                 net = DDP(model, device_ids=[local_rank] if device.type == 'cuda' else None, gradient_as_bucket_view=True)
             learning = now
             packed = bool(model.gates) and now != 'backbone' and (cfg.execution == 'packed' or (
-                cfg.execution == 'auto' and device.type == 'cpu' and model.cfg.pool == 'live' and not cfg.remat))
+                cfg.execution == 'auto' and device.type == 'cpu' and model.cfg.objective != 'paper' and not cfg.remat))
 
         started = time.time()
         lr = cfg.learning_rate * min(1.0, (step + 1) / max(1, warmup)) * (
@@ -536,23 +542,28 @@ def main(argv):
             group['lr'] = lr
         k = cfg.k_max * min(1.0, max(0.0, (step - S0) / max(1, S1 - S0)))
 
-        totals = torch.zeros(4, device=device)  # loss, ce, ponder loss, depth
+        totals = torch.zeros(5, device=device)  # loss, ce, ponder loss, depth, share of gated iterations that the free tokens did not run
         for j in range(n_micro):
             if leaving := anyone(stop):
                 break
             t = time.time()
             x = next(micro_batches)
             waited += time.time() - t
-            x = x.to(device, non_blocking=True)
+            x, explore = x.to(device, non_blocking=True), None
+            if saving:  # whoever is not free to halt
+                draw = np.random.default_rng([cfg.seed, 1, (step * n_micro + j) * world + rank]).random((len(x), cfg.block_size))
+                explore = torch.from_numpy(draw < (cfg.explore if acting else 1)).to(device)
             with net.no_sync() if world > 1 and j + 1 < n_micro else nullcontext():
                 with autocast():
-                    out = net(x[:, :-1], x[:, 1:], 'packed' if packed else 'dense', halting=halting, k=torch.tensor(k, device=device),
-                              ponder_lambda=cfg.ponder_lambda)
+                    out = net(x[:, :-1], x[:, 1:], 'packed' if packed else 'dense', halting=None if saving else halting, k=torch.tensor(k, device=device),
+                              ponder_lambda=cfg.ponder_lambda, explore=explore)
                 loss = out.loss / n_micro
                 if packed:  # where all tokens halt the later gates do not run; DDP waits for their gradient, and AdamW must see 0
                     loss = loss + 0 * sum(p.sum() for p in model.gates.parameters())
                 loss.backward()
-            totals += torch.stack([out.loss.detach(), out.ce_loss.detach(), out.ponder_loss.detach(), out.depth.float().mean()]) / n_micro
+            depth, free = out.depth.float(), 1 if explore is None else ~explore
+            halted = ((model.cfg.n_iter - depth) * free).sum() / torch.as_tensor(free).expand_as(depth).sum().clamp(min=1) / max(1, model.cfg.n_iter - 1)
+            totals += torch.stack([out.loss.detach(), out.ce_loss.detach(), out.ponder_loss.detach(), depth.mean(), halted]) / n_micro
         if leaving:
             saved = checkpoint()
             break
@@ -568,10 +579,13 @@ def main(argv):
         seconds += time.time() - started
         bar.update()
 
-        if step % cfg.log_interval == 0 or step == max_steps:
-            if world > 1:
-                dist.all_reduce(totals)
-            loss, ce, ponder, depth = (totals / world).tolist()
+        logging = step % cfg.log_interval == 0 or step == max_steps
+        if world > 1 and (logging or saving):
+            dist.all_reduce(totals)
+        if saving and acting:  # the price of a pass rises until the share k does not run
+            model.cfg.tau = min(0.999, max(1e-6, model.cfg.tau * math.exp(0.3 * (k - float(totals[4]) / world))))
+        if logging:
+            loss, ce, ponder, depth, halted = (totals / world).tolist()
             speed = (step - done) * tokens_per_step / seconds
             flops = replace(model.cfg, halting=bool(model.gates) and now != 'backbone').inference_flops(
                 depth if packed else model.cfg.n_iter, (cfg.block_size + 1) / 2)  # a token forward; backward: twice that, or once for gates alone
@@ -582,7 +596,7 @@ def main(argv):
                 say(f'step {step}: {line}')
             gates = [out.gates[..., i][out.depth > i] for i in range(out.gates.size(-1))] if now != 'backbone' else []
             gates = [g.sort().values for g in gates if len(g)]  # of the tokens that reached them, process 0's last micro-batch
-            log(dict(step=step, tokens=step * tokens_per_step, loss=loss, ce=ce, ponder_loss=ponder, depth=depth, lr=lr, k=k, grad_norm=norm,
+            log(dict(step=step, tokens=step * tokens_per_step, loss=loss, ce=ce, ponder_loss=ponder, depth=depth, halted=halted, lr=lr, k=k, tau=model.cfg.tau, grad_norm=norm,
                      tokens_per_second=speed, mfu=mfu, waited=waited / seconds, memory=peak_memory(device), gate_mean=[float(g.mean()) for g in gates],
                      gate_under_tau=[float((g < model.cfg.tau).float().mean()) for g in gates],
                      gate_bottom_k=[float(g[:max(1, round(k * len(g)))].mean()) for g in gates]))

@@ -1,5 +1,5 @@
-# Pythia-160M's shape from scratch with AdaPonderLM's settings: 26B tokens of the Pile, 2M a step, the paper's pool and pressure.
-# Baselines: --n_iter=1 (Pythia), --halting=False (PonderLM), --feedback=hidden (loop transformer); --pool=live --k_max=0.4 halts more.
+# Pythia-160M's shape from scratch with AdaPonderLM's settings: 26B tokens of the Pile, 2M a step, the paper's objective.
+# Baselines: --n_iter=1 (Pythia), --halting=False (PonderLM), --feedback=hidden (loop transformer); --objective=live --k_max=0.4 halts more.
 out_dir = 'out/pythia160m'
 data_dir = 'data/pile'     # python prepare_data.py PILE/*.jsonl.zst --tokenizer tokenizer.json --out data/pile --shard_tokens 1e9
 vocab_size = 50304
@@ -8,7 +8,7 @@ n_layer = 12
 n_head = 12
 n_embd = 768
 n_iter = 4
-pool = 'all'
+objective = 'paper'
 k_max = 0.1
 ponder_lambda = 0.1
 batch_size = 8

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 
-from model import AdaPonderConfig, AdaPonderLM, load_checkpoint
+from model import AdaPonderConfig, AdaPonderLM, load_checkpoint, packed_attention
 from prepare_data import load_tokenizer
 from train import Windows, in_steps, load_config
 
@@ -677,6 +677,25 @@ def time_prefill(model, x, **kw):
     return dict(seconds=t, tokens=x.numel(), flops=float(each.sum()) + len(x) * unembed, depth=float(out.depth.double().mean()))
 
 
+def attention_ways(cfg, T, share, device, dtype):
+    """How a share of T tokens may attend to all of them: name -> function of no arguments, the first one with all tokens as queries; all agree."""
+    K, V, q = torch.randn(3, 1, cfg.n_head, T, cfg.head_size, device=device, dtype=dtype).unbind()
+    pos = torch.randperm(T, device=device)[:max(1, round(T * share))].sort().values
+    row, mask = torch.zeros_like(pos), torch.arange(T, device=device) <= pos[:, None]
+    x, k, v = (t[0, :, pos].transpose(0, 1) for t in (q, K, V))  # (n, nh, hs)
+    ways = {'every token': lambda: F.scaled_dot_product_attention(q, K, V, is_causal=True)[0, :, pos].transpose(0, 1),
+            'packed_attention': lambda: packed_attention(x, k, v, (K, V), (row, pos, [len(pos)]))[0],
+            'queries at their places': lambda: F.scaled_dot_product_attention(
+                torch.zeros_like(q).index_copy(2, pos, x.transpose(0, 1)[None]), K, V, is_causal=True)[0, :, pos].transpose(0, 1),
+            'boolean mask': lambda: F.scaled_dot_product_attention(x.transpose(0, 1)[None], K, V, attn_mask=mask)[0].transpose(0, 1)}
+    if torch.device(device).type == 'cuda':
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+        flex = torch.compile(flex_attention)
+        blocks = create_block_mask(lambda b, h, i, j: j <= pos[i], None, None, len(pos), T, device=device)
+        ways['flex_attention'] = lambda: flex(x.transpose(0, 1)[None], K, V, block_mask=blocks)[0].transpose(0, 1)
+    return ways
+
+
 def time_decode(model, prompts, n, policy=None):
     """The same of n tokens a prompt with all slots busy: from when every prompt is in until so many are out, whichever slot made them."""
     seen, flops = [len(p) + 1 for p in prompts], 0.0
@@ -714,7 +733,7 @@ def speed(a):
     torch.set_num_threads(a.threads or torch.get_num_threads())
     model = model_of(a, a.ckpt or a.config).to(getattr(torch, a.dtype))
     cfg, K, rows = model.cfg, model.cfg.n_iter, []
-    longest = max(a.prefill * ('prefill' in a.cases), a.prompt + a.new + a.new // 2 + 8)
+    longest = max(a.prefill * ('prefill' in a.cases or 'attention' in a.cases), a.prompt + a.new + a.new // 2 + 8)
     if K == 1 or not cfg.halting or longest > cfg.block_size:
         fail(f'speed needs gates, n_iter > 1 and a block_size of at least {longest} for these --prefill, --prompt and --new')
     fixed, one = twin(model, halting=False), twin(model, halting=False, n_iter=1, scale_embeds=False)
@@ -723,14 +742,18 @@ def speed(a):
     def text(*shape):
         return torch.from_numpy(rng.integers(0, cfg.vocab_size, shape)).to(a.device)
 
-    def whole(fn):
-        return lambda: dict(seconds=seconds(fn, a.device)[0], tokens=a.new)
+    def whole(fn, tokens=a.new):
+        return lambda: dict(seconds=seconds(fn, a.device)[0], tokens=tokens)
     policies = {f'adaptive, {share:.0%} halted': forced(share, K) for share in a.share}
     if 'prefill' in a.cases:
         x = text(1, a.prefill)
         rows += race(f'prefill {a.prefill}', {
             'fixed, dense': lambda: time_prefill(fixed, x), 'fixed, packed': lambda: time_prefill(fixed, x, execution='packed'),
             **{name: lambda p=p: time_prefill(model, x, execution='packed', policy=p) for name, p in policies.items()}}, a.rounds)
+    for share in a.share if 'attention' in a.cases else []:
+        ways = attention_ways(cfg, a.prefill, 1 - share, a.device, getattr(torch, a.dtype))
+        with torch.inference_mode():
+            rows += race(f'attention, {share:.0%} halted', {name: whole(lambda way=way: [way() for _ in range(20)], 20 * a.prefill) for name, way in ways.items()}, a.rounds)
     for B in a.batch if 'decode' in a.cases else []:
         prompts = text(B, a.prompt).tolist()
         rows += race('one stream' if B == 1 else f'batch {B}', {
@@ -1033,7 +1056,7 @@ def main(argv=None):
     arg = command(speed)
     arg('--ckpt', help='a checkpoint or a GPT-NeoX folder')
     arg('--config', help='a config file: random weights in its shape')
-    arg('--cases', nargs='+', choices=('prefill', 'decode', 'nocache', 'transformers'), default=['prefill', 'decode', 'nocache', 'transformers'])
+    arg('--cases', nargs='+', choices=(every := ('prefill', 'attention', 'decode', 'nocache', 'transformers')), default=every)
     arg('--share', nargs='*', type=float, default=[0.0, 0.25, 0.5, 0.75], help='of the (token, iteration 2 .. K) pairs that do not run')
     arg('--prefill', type=int, default=1024, help='tokens')
     arg('--batch', nargs='*', type=int, default=[1, 8, 32, 128], help='slots')

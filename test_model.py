@@ -2252,13 +2252,18 @@ def test_flops_table_equals_the_counter(tmp_path, capsys):
     assert abs(count_flops(lambda: dense(x, x)) / (128 * float(dense.cfg.inference_flops(4, 128))) - 1) < 1e-9
 
 
+def test_attention_ways_agree():
+    want, *others = [way() for way in bench.attention_ways(AdaPonderConfig(n_embd=64, n_head=4), 300, 0.4, 'cpu', torch.float64).values()]
+    assert want.shape == (120, 4, 16) and len(others) == 3 and max((y - want).abs().max() for y in others) < 1e-12
+
+
 def test_speed_counts_what_it_times(tmp_path, capsys):
     got, text = run_bench(capsys, 'speed', '--config', shape_file(tmp_path / 'a.py'), '--prefill', 100, '--prompt', 7, '--new', 9, '--batch', 1, 3, '--rounds', 1, '--share', 0, 0.5,
                           '--json', tmp_path / 's.json')
     cfg = AdaPonderConfig(**got['config'])
     fixed = AdaPonderConfig(**{**got['config'], 'halting': False})
     rows = {(r['case'], r['variant']): r for r in got['rows']}
-    assert {c for c, _ in rows} == {'prefill 100', 'one stream', 'batch 3', 'prompt and stream'} and got['same_as_transformers'] in (None, True)
+    assert {c for c, _ in rows} == {'prefill 100', 'attention, 0% halted', 'attention, 50% halted', 'one stream', 'batch 3', 'prompt and stream'} and got['same_as_transformers'] in (None, True)
     head = cfg.flops(0)['unembed']
     depth = AdaPonderLM(cfg)(torch.zeros(1, 100, dtype=torch.long), policy=bench.forced(0.5, 4)).depth[0]
     ours, theirs = (sum(float(c.inference_flops(int(d), t + 1)) - head for t, d in enumerate(ds)) + head for c, ds in ((cfg, depth), (fixed, [4] * 100)))

@@ -737,6 +737,8 @@ def speed(a):
     if K == 1 or not cfg.halting or longest > cfg.block_size:
         fail(f'speed needs gates, n_iter > 1 and a block_size of at least {longest} for these --prefill, --prompt and --new')
     fixed, one = twin(model, halting=False), twin(model, halting=False, n_iter=1, scale_embeds=False)
+    for m in (model, fixed, one) if a.compile else ():
+        m.compile_decoding()
     rng = np.random.default_rng(a.seed)
 
     def text(*shape):
@@ -1059,6 +1061,7 @@ def main(argv=None):
     arg('--cases', nargs='+', choices=(every := ('prefill', 'attention', 'decode', 'nocache', 'transformers')), default=every)
     arg('--share', nargs='*', type=float, default=[0.0, 0.25, 0.5, 0.75], help='of the (token, iteration 2 .. K) pairs that do not run')
     arg('--prefill', type=int, default=1024, help='tokens')
+    arg('--compile', action='store_true', help='torch.compile the decoding')
     arg('--batch', nargs='*', type=int, default=[1, 8, 32, 128], help='slots')
     arg('--prompt', type=int, default=64, help='tokens of a prompt to decode from')
     arg('--new', type=int, default=32, help='tokens to decode for each slot')

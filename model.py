@@ -410,6 +410,7 @@ class AdaPonderLM(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
+        self.fused = None   # decoding: the backbone as torch.compile makes it, see compile_decoding()
         self.remat = False  # training: recompute each iteration's backbone in backward, memory of one instead of n_iter
         self.embed = nn.Embedding.from_pretrained(torch.empty(cfg.vocab_size, cfg.n_embd), freeze=False)  # filled below
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
@@ -692,9 +693,14 @@ class AdaPonderLM(nn.Module):
         d = int(depth[0, -1])
         return hidden[0, -1], d, [float(s[0, -1]) for s, m in gates[:d]]
 
+    def compile_decoding(self):
+        """Let torch.compile fuse the passes of decoding: faster, once the compiler is done, which takes tens of seconds. Returns the model."""
+        self.fused = torch.compile(self.backbone)
+        return self
+
     def static_shapes(self, device):
-        """Whether decoding keeps its shapes fixed: on a GPU, so that a pass is one CUDA graph."""
-        return device.type == 'cuda'
+        """Whether decoding keeps its shapes fixed: for the compiler, and on a GPU, where a pass is one CUDA graph."""
+        return device.type == 'cuda' or self.fused is not None
 
     def decode(self, E, slot, it, pos, where, cache, rope, graphs):
         """One pass for one token of each of N slots. E: (slots, d); slot, it, pos: (N,), and as the list `where`, see cached_attention().
@@ -707,7 +713,7 @@ class AdaPonderLM(nn.Module):
 
         def run(x, slot, it, pos):
             at = (slot, it if one is None else one, pos, None if static else where, length)
-            h, _ = self.backbone(x, tuple(t[pos] for t in rope), cached_attention, [*zip(cache.k, cache.v)], at)
+            h, _ = (self.fused or self.backbone)(x, tuple(t[pos] for t in rope), cached_attention, [*zip(cache.k, cache.v)], at)
             gate = torch.stack([g(h) for g in self.gates], dim=-1) if static and self.gates else None
             return h, self.decode_logits(h), gate  # logits are needed by all: to ponder, or to draw the next token
         args = E[slot], slot, it, pos

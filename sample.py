@@ -317,6 +317,7 @@ def main(argv=None):
     p.add_argument('--depth', action='store_true', help='colour each token by its depth')
     p.add_argument('--html', metavar='FILE', help='write a page that shows depth, NLL and gates of each token')
     p.add_argument('--ignore_eot', action='store_true', help='go on after <|endoftext|>')
+    p.add_argument('--compile', action='store_true', help='torch.compile the decoding: slower to start, then faster; for many tokens')
     p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     p.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
     a = p.parse_args(argv)
@@ -337,6 +338,8 @@ def main(argv=None):
         sys.stdout.reconfigure(encoding='utf-8', errors='backslashreplace')  # whatever the locale: text is UTF-8 here
 
     model, enc, eot = load(a)
+    if a.compile:
+        model.compile_decoding()
     runs, seconds, *prompt = (run_batch if a.prompts else run_samples)(a, model, enc, None if a.ignore_eot else eot)
     line = summary(model, runs, seconds, a.max_iter)
     print(line, file=sys.stderr)

@@ -358,6 +358,17 @@ def test_batch_engine_equals_one_at_a_time():
     assert prompts[0] == torch.randint(61, (1,), generator=torch.Generator().manual_seed(9)).tolist()  # and the caller's lists are left alone
 
 
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile needs a C++ compiler')
+def test_compiled_decoding_writes_the_same():
+    m = tiny(torch.float64, n_layer=1, n_iter=3)
+    prompts = [[5, 6, 7], [8] * 10]
+    want = [(s.seq, s.token, s.depth) for s in m.stream(prompts, 12, slots=2, temperature=0)]
+    assert len({d for _, _, d in want}) > 1
+    assert sorted((s.seq, s.token, s.depth) for s in m.compile_decoding().stream(prompts, 12, slots=2, temperature=0)) == sorted(want)
+    assert m.fused is not None
+
+
 @torch.no_grad()
 def test_products_of_few_rows_are_the_plain_products():
     """On a CPU those of a decoding step go other ways: with the weights on the left, in parts through a large vocabulary."""

@@ -105,9 +105,9 @@ def load(path, a):
     return model.to(a.device).eval().requires_grad_(False), {k: state[k] for k in ('meta', 'train_config', 'step') if k in state}
 
 
-def shape_of(path):
-    """The AdaPonderConfig and the TrainConfig of a config file."""
-    t = load_config([path])
+def shape_of(path, changes=()):
+    """The AdaPonderConfig and the TrainConfig of a config file, under changes of the form key=value."""
+    t = load_config([path, *('--' + c for c in changes)])
     meta = Path(t.data_dir) / 'meta.json'
     if t.init_from != 'scratch':
         fail(f'{path} takes its shape from {t.init_from}: give the config of that size from scratch')
@@ -798,7 +798,7 @@ GPUS = {'H100': (989e12, 80), 'H100-PCIe': (756e12, 80), 'H200': (989e12, 141), 
         'L40S': (362e12, 48), 'A6000': (155e12, 48), '4090': (165e12, 24), '3090': (71e12, 24), 'V100': (125e12, 32)}  # dense 16-bit FLOP/s, GB
 
 
-def activation_bytes(cfg, tokens, bf16=True, remat=False):
+def activation_bytes(cfg, tokens, bf16=True, remat=False, cpu=False):
     """What a training step on `tokens` tokens holds at its peak beside weights, gradients and optimizer, by part. torch.compile keeps a little less.
 
     The first three are kept for backward. To these comes `loss`, as the loss is computed, and later `backward`; the peak has the larger one.
@@ -813,9 +813,38 @@ def activation_bytes(cfg, tokens, bf16=True, remat=False):
     if N * V <= AdaPonderLM.CHUNK // 8:  # few enough for every iteration to keep its probabilities
         logits, vocab = logits + (K - 1) * N * V * (4 + b * (b == 2)), 0
     else:
-        vocab = (K > 1) * (4 * table + table * (b == 2) + (12 - b) * max(1024 * N, AdaPonderLM.CHUNK))  # of the pondering embedding
+        vocab = (K > 1) * (4 * table + table * (b == 2) + (12 - b) * max(1024 * N, AdaPonderLM.CHUNK * (not cpu)))  # of the pondering embedding
     return dict(backbone=K * N * d * 4 if remat else one + (K - 1) * (one - kv * (b == 2)), between=8 * K * N * d, gates=gates,
                 loss=table + logits, backward=max(vocab, sums + one + kv) if remat else vocab - one)
+
+
+def measured_peak(cfg, rows, T, bf16, remat, device):
+    """Bytes beyond weights and gradients at the peak of one forward and backward pass on `rows` sequences of T tokens: what activation_bytes() says by formula."""
+    device = torch.device(device)
+    model = AdaPonderLM(cfg).to(device)
+    model.remat = remat
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    x = torch.randint(cfg.vocab_size, (rows, T + 1), device=device)
+
+    def step():
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss = model(x[:, :-1], x[:, 1:], k=torch.tensor(0.1, device=device), ponder_lambda=0.1).loss
+        loss.backward()
+    if device.type == 'cuda':
+        step()  # libraries take their workspaces
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.autograd.profiler.profile(profile_memory=True, use_kineto=True) as prof:
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        prof.export_chrome_trace(f'{folder}/trace.json')
+        trace = json.loads(Path(f'{folder}/trace.json').read_text())['traceEvents']
+    events = [(e['ts'], e['args']['Total Allocated'], e['args']['Bytes']) for e in trace if e['name'] == '[memory]']
+    _, first, size = min(events)
+    return max(total for _, total, _ in events) - (first - size)
 
 
 def plan(a):
@@ -824,7 +853,7 @@ def plan(a):
         fail(f'unknown GPU {a.gpu!r}: one of {", ".join(GPUS)}')
     if a.gpus < 1 or not 0 < a.mfu <= 1:
         fail('--gpus must be at least 1, --mfu in (0, 1]')
-    cfg, t = shape_of(a.config)
+    cfg, t = shape_of(a.config, a.set)
     peak, gigabytes = GPUS[a.gpu]
     N, K, context, P = t.batch_size * t.block_size, cfg.n_iter, (t.block_size + 1) / 2, count_parameters(cfg)
     steps = in_steps('max_steps', t.max_steps, N * t.gradient_accumulation_steps, None)
@@ -863,7 +892,15 @@ def plan(a):
         ['decoding', f'{2 * cfg.n_layer * K * cfg.n_embd * cfg.block_size * b / 1e9:.2f} GB', f'2 L K d {cfg.block_size} b: K/V of one sequence']], left=(0, 2))
     if t.gradient_accumulation_steps % a.gpus:
         print(f'\ngradient_accumulation_steps ({t.gradient_accumulation_steps}) is not a multiple of {a.gpus}: train.py would refuse it')
-    report(a, config=asdict(cfg), parameters=P, tokens=tokens, forward_flops=forward, training_flops=training, computed_twice=again / forward / 3, gpu_hours=hours,
+    measured = None
+    if a.measure:
+        where = 'cuda' if torch.cuda.is_available() else 'cpu'
+        measured = measured_peak(cfg, t.batch_size, t.block_size, b == 2, t.remat, where)
+        mine = activation_bytes(cfg, N, b == 2, t.remat, where == 'cpu')
+        mine = sum(mine[p] for p in ('backbone', 'between', 'gates')) + max(mine['loss'], mine['backward']) + dict((n, m) for n, m, _ in memory)['bfloat16 weights']
+        print(f'\none micro-batch on {where}, without compile: {measured / 1e6:.0f} MB beyond weights, gradients and AdamW, {measured / N / 1e3:.0f} kB a token; '
+              f'by the formulas {mine / 1e6:.0f} MB, {mine / measured - 1:+.1%}')
+    report(a, measured=measured, config=asdict(cfg), parameters=P, tokens=tokens, forward_flops=forward, training_flops=training, computed_twice=again / forward / 3, gpu_hours=hours,
            dollars=hours * a.price if a.price is not None else None, memory={name: m for name, m, _ in memory}, peak_memory=need)
 
 
@@ -1070,6 +1107,8 @@ def main(argv=None):
 
     arg = command(plan, runs=False)
     arg('--config', required=True, help='a config file of train.py')
+    arg('--set', nargs='*', default=[], metavar='KEY=VALUE', help='changes to the config')
+    arg('--measure', action='store_true', help='run a micro-batch here and compare its peak of memory')
     arg('--gpu', default='H100', help=', '.join(GPUS))
     arg('--gpus', type=int, default=8)
     arg('--mfu', type=float, default=0.4, help='the share of the peak that is reached; train.py prints it')

@@ -2292,24 +2292,12 @@ def test_speed_counts_what_it_times(tmp_path, capsys):
 @pytest.mark.parametrize('remat', [False, True])
 @pytest.mark.parametrize('bf16', [False, True])
 @pytest.mark.parametrize('n_iter, halting', [(1, False), (4, False), (4, True)])
-def test_plan_knows_the_peak_of_a_step(n_iter, halting, bf16, remat, tmp_path, monkeypatch):
+def test_plan_knows_the_peak_of_a_step(n_iter, halting, bf16, remat, monkeypatch):
     """Against the bytes of all live tensors, as torch's profiler saw them come and go."""
     monkeypatch.setattr(AdaPonderLM, 'CHUNK', 2 ** 20)
-    m, V, N = AdaPonderLM(AdaPonderConfig(vocab_size=2000, block_size=256, n_layer=3, n_head=4, n_embd=64, n_iter=n_iter, halting=halting)), 2000, 8 * 256
-    m.remat = remat
-    for p in m.parameters():
-        p.grad = torch.zeros_like(p)
-    x = torch.randint(V, (8, 257))
-    with torch.autograd.profiler.profile(profile_memory=True, use_kineto=True) as prof:
-        with torch.autocast('cpu', torch.bfloat16, enabled=bf16):
-            loss = m(x[:, :-1], x[:, 1:], k=torch.tensor(0.1), ponder_lambda=0.1).loss
-        loss.backward()
-    prof.export_chrome_trace(str(tmp_path / 'trace.json'))
-    events = [(e['ts'], e['args']['Total Allocated'], e['args']['Bytes']) for e in json.loads((tmp_path / 'trace.json').read_text())['traceEvents'] if e['name'] == '[memory]']
-    _, first, size = min(events)
-    got = max(total for _, total, _ in events) - (first - size)
-    parts = bench.activation_bytes(m.cfg, N, bf16, remat)
-    copies = 2 * sum(p.numel() for n, p in m.named_parameters() if 'embed' not in n) * bf16
+    cfg = AdaPonderConfig(vocab_size=2000, block_size=256, n_layer=3, n_head=4, n_embd=64, n_iter=n_iter, halting=halting)
+    got, parts = bench.measured_peak(cfg, 8, 256, bf16, remat, 'cpu'), bench.activation_bytes(cfg, 8 * 256, bf16, remat, cpu=True)
+    copies = 2 * (bench.count_parameters(cfg) - 2 * 64 * 2000) * bf16
     want = parts['backbone'] + parts['between'] + parts['gates'] + max(parts['loss'], parts['backward']) + copies
     assert 0.85 < want / got < 1.1
 

@@ -1741,7 +1741,7 @@ def test_savings_are_learned_alike_however_the_run_goes(trained, tmp_path, capsy
     tau = 0.49
     for r in log:
         acting = r['step'] > 6 + 3  # gates alone first
-        tau *= math.exp(0.3 * (r['k'] - r['halted'])) if acting else 1
+        tau *= math.exp(r['k'] - r['halted']) if acting else 1
         assert abs(r['tau'] / tau - 1) < 1e-9 and (acting or r['depth'] == 3)
     state = load_checkpoint(tmp_path / 'a/ckpt.pt')
     assert state['config']['tau'] == log[-1]['tau'] and 0 < log[-1]['halted'] < 1

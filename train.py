@@ -583,7 +583,7 @@ def main(argv):
         if world > 1 and (logging or saving):
             dist.all_reduce(totals)
         if saving and acting:  # the price of a pass rises until the share k does not run
-            model.cfg.tau = min(0.999, max(1e-6, model.cfg.tau * math.exp(0.3 * (k - float(totals[4]) / world))))
+            model.cfg.tau = min(0.999, max(1e-6, model.cfg.tau * math.exp(k - float(totals[4]) / world)))
         if logging:
             loss, ce, ponder, depth, halted = (totals / world).tolist()
             speed = (step - done) * tokens_per_step / seconds

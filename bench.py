@@ -696,6 +696,34 @@ def attention_ways(cfg, T, share, device, dtype):
     return ways
 
 
+def training_step(model, x, bf16):
+    """A step of a plain loop on x (1, T + 1): a function that returns dict(seconds, tokens, and for a model of ours flops)."""
+    model.train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=x.device.type in ('cpu', 'cuda'))
+    T, ours = x.size(1) - 1, isinstance(model, AdaPonderLM)
+
+    def step():
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            loss = model(x[:, :-1], x[:, 1:], k=0.1, ponder_lambda=0.1).loss if ours else F.cross_entropy(model(x[:, :-1]).logits[0].float(), x[0, 1:])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return lambda: dict(seconds=seconds(step, x.device)[0], tokens=T, **(dict(flops=3 * T * model.cfg.inference_flops(model.cfg.n_iter, (T + 1) / 2)) if ours else {}))
+
+
+def in_transformers(model):
+    """transformers' GPTNeoX with the weights of a model of one iteration; None where it is not installed."""
+    try:
+        from transformers import GPTNeoXForCausalLM
+    except ImportError:
+        print('no comparison with transformers: pip install transformers')
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return GPTNeoXForCausalLM.from_pretrained(folder, attn_implementation='sdpa').to(model.embed.weight.device, model.embed.weight.dtype).eval()
+
+
 def time_decode(model, prompts, n, policy=None):
     """The same of n tokens a prompt with all slots busy: from when every prompt is in until so many are out, whichever slot made them."""
     seen, flops = [len(p) + 1 for p in prompts], 0.0
@@ -733,7 +761,7 @@ def speed(a):
     torch.set_num_threads(a.threads or torch.get_num_threads())
     model = model_of(a, a.ckpt or a.config).to(getattr(torch, a.dtype))
     cfg, K, rows = model.cfg, model.cfg.n_iter, []
-    longest = max(a.prefill * ('prefill' in a.cases or 'attention' in a.cases), a.prompt + a.new + a.new // 2 + 8)
+    longest = max(a.prefill * bool({'prefill', 'attention', 'train'} & set(a.cases)), a.prompt + a.new + a.new // 2 + 8)
     if K == 1 or not cfg.halting or longest > cfg.block_size:
         fail(f'speed needs gates, n_iter > 1 and a block_size of at least {longest} for these --prefill, --prompt and --new')
     fixed, one = twin(model, halting=False), twin(model, halting=False, n_iter=1, scale_embeds=False)
@@ -766,22 +794,20 @@ def speed(a):
         rows += race('prompt and stream', {'fixed': whole(lambda: fixed.generate(x, a.new, temperature=0)),
                                            'fixed, no KV cache': whole(lambda: fixed.generate(x, a.new, temperature=0, execution='dense'))}, a.rounds)
     same = None
-    if 'transformers' in a.cases:
-        try:
-            from transformers import GPTNeoXForCausalLM
-            with tempfile.TemporaryDirectory() as folder:
-                one.save_pretrained(folder)
-                hf = GPTNeoXForCausalLM.from_pretrained(folder).to(a.device, getattr(torch, a.dtype)).eval()
-            hf.generation_config.eos_token_id = None
+    hf = in_transformers(one) if 'transformers' in a.cases or 'train' in a.cases else None
+    if hf and 'transformers' in a.cases:
+        hf.generation_config.eos_token_id = None
 
-            def theirs():
-                return hf.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=a.new, do_sample=False, use_cache=True, pad_token_id=0)
-            same = bool((theirs() == one.generate(x, a.new, temperature=0)).all())
-            rows += race('prompt and stream', {
-                'transformers, n_iter=1': whole(theirs), 'ours, n_iter=1': whole(lambda: one.generate(x, a.new, temperature=0)),
-                f'ours, fixed {K}': whole(lambda: fixed.generate(x, a.new, temperature=0))}, a.rounds)
-        except ImportError:
-            print('no comparison with transformers: pip install transformers')
+        def theirs():
+            return hf.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=a.new, do_sample=False, use_cache=True, pad_token_id=0)
+        same = bool((theirs() == one.generate(x, a.new, temperature=0)).all())
+        rows += race('prompt and stream', {
+            'transformers, n_iter=1': whole(theirs), 'ours, n_iter=1': whole(lambda: one.generate(x, a.new, temperature=0)),
+            f'ours, fixed {K}': whole(lambda: fixed.generate(x, a.new, temperature=0))}, a.rounds)
+    if 'train' in a.cases:
+        x, bf16 = text(1, a.prefill + 1), a.dtype == 'bfloat16'
+        made = {'ours, n_iter=1': one, 'transformers, n_iter=1': hf, f'ours, fixed {K}': fixed, f'ours, {K} with gates': model}
+        rows += race(f'training step {a.prefill}', {name: training_step(m.float(), x, bf16) for name, m in made.items() if m}, a.rounds)
     print(f'{a.ckpt or a.config}: {cfg.n_layer} layers, width {cfg.n_embd}, vocabulary {cfg.vocab_size}, K = {K}, {a.dtype} on {a.device}; '
           f'prompts of {a.prompt} tokens, {a.new} new ones a slot; {a.rounds} rounds taken in turn.'
           + f' transformers and n_iter=1 made {"the same" if same else "OTHER"} tokens.' * (same is not None) + '\n')
@@ -1095,7 +1121,7 @@ def main(argv=None):
     arg = command(speed)
     arg('--ckpt', help='a checkpoint or a GPT-NeoX folder')
     arg('--config', help='a config file: random weights in its shape')
-    arg('--cases', nargs='+', choices=(every := ('prefill', 'attention', 'decode', 'nocache', 'transformers')), default=every)
+    arg('--cases', nargs='+', choices=(every := ('prefill', 'attention', 'decode', 'nocache', 'transformers', 'train')), default=every[:-1])
     arg('--share', nargs='*', type=float, default=[0.0, 0.25, 0.5, 0.75], help='of the (token, iteration 2 .. K) pairs that do not run')
     arg('--prefill', type=int, default=1024, help='tokens')
     arg('--compile', action='store_true', help='torch.compile the decoding')

@@ -2270,11 +2270,11 @@ def test_attention_ways_agree():
 
 def test_speed_counts_what_it_times(tmp_path, capsys):
     got, text = run_bench(capsys, 'speed', '--config', shape_file(tmp_path / 'a.py'), '--prefill', 100, '--prompt', 7, '--new', 9, '--batch', 1, 3, '--rounds', 1, '--share', 0, 0.5,
-                          '--json', tmp_path / 's.json')
+                          '--cases', 'prefill', 'attention', 'decode', 'nocache', 'transformers', 'train', '--json', tmp_path / 's.json')
     cfg = AdaPonderConfig(**got['config'])
     fixed = AdaPonderConfig(**{**got['config'], 'halting': False})
     rows = {(r['case'], r['variant']): r for r in got['rows']}
-    assert {c for c, _ in rows} == {'prefill 100', 'attention, 0% halted', 'attention, 50% halted', 'one stream', 'batch 3', 'prompt and stream'} and got['same_as_transformers'] in (None, True)
+    assert {c for c, _ in rows} == {'prefill 100', 'attention, 0% halted', 'attention, 50% halted', 'one stream', 'batch 3', 'prompt and stream', 'training step 100'} and got['same_as_transformers'] in (None, True)
     head = cfg.flops(0)['unembed']
     depth = AdaPonderLM(cfg)(torch.zeros(1, 100, dtype=torch.long), policy=bench.forced(0.5, 4)).depth[0]
     ours, theirs = (sum(float(c.inference_flops(int(d), t + 1)) - head for t, d in enumerate(ds)) + head for c, ds in ((cfg, depth), (fixed, [4] * 100)))
@@ -2283,6 +2283,8 @@ def test_speed_counts_what_it_times(tmp_path, capsys):
     ds = [int(bench.AdaPonderLM(cfg)(torch.zeros(1, 20, dtype=torch.long), policy=bench.forced(0.5, 4)).depth[0, t - 1]) for t in tokens]
     ratio = sum(float(cfg.inference_flops(d, t)) for d, t in zip(ds, tokens)) / sum(float(fixed.inference_flops(4, t)) for t in tokens)
     assert abs(rows['one stream', 'adaptive, 50% halted']['flop_ratio'] / ratio - 1) < 1e-9
+    train_ratio = fixed.inference_flops(4, 50.5) / AdaPonderConfig(**{**got['config'], 'halting': False, 'n_iter': 1}).inference_flops(1, 50.5)
+    assert abs(rows['training step 100', 'ours, fixed 4']['flop_ratio'] / train_ratio - 1) < 1e-9
     assert all(r['ms_per_token'][0] <= r['ms_per_token'][1] <= r['ms_per_token'][2] for r in got['rows'])
     order = []
     rows = bench.race('case', {n: (lambda n=n: order.append(n) or dict(seconds=dict(A=2.0, B=3.0)[n], tokens=4, flops=dict(A=8.0, B=4.0)[n])) for n in 'AB'}, 2)

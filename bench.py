@@ -555,8 +555,10 @@ def draw_iso_flops(plt, groups):
     """NLL against FLOPs saved, a panel a setting. Bars: standard deviation over seeds of the distance to the learned gates."""
     fig, axes = plt.subplots(1, len(groups), figsize=(5.5 * len(groups), 4.2), squeeze=False)
     for ax, (name, g) in zip(axes[0], groups.items()):
+        levels = []
         for model, dial, text, style in (('vanilla', 'max_iter 1', 'n_iter=1', ':'), ('fixed', f'max_iter {g["n_iter"]}', f'fixed depth {g["n_iter"]}', '--')):
             for y in [r['nll']['mean'] for r in g['rows'] if (r['model'], r['dial']) == (model, dial)]:
+                levels.append(y)
                 ax.axhline(y, color='grey', lw=1, ls=style)
                 ax.annotate(text, (0.01, y), xycoords=('axes fraction', 'data'), fontsize=7, va='bottom', color='grey')
         for model, policy in dict.fromkeys((r['model'], r['policy']) for r in g['rows'] if r['policy'] != 'fixed depth'):
@@ -571,6 +573,8 @@ def draw_iso_flops(plt, groups):
                 ax.plot(100 * r['saved']['mean'], r['nll']['mean'], '*', color='black', ms=13, label='trained tau')
         ax.set(xlabel=f'inference FLOPs saved against fixed depth {g["n_iter"]}, %', ylabel='validation NLL, nats a token')
         ax.set_title(name, fontsize=9)
+        if len(levels) == 2:  # what is far worse than one pass may leave the picture
+            ax.set_ylim(top=levels[0] + 3 * (levels[0] - levels[1]))
     axes[0, -1].legend(fontsize=7, loc='upper left', bbox_to_anchor=(1.01, 1))
     return fig
 

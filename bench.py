@@ -810,7 +810,9 @@ def speed(a):
             f'ours, fixed {K}': whole(lambda: fixed.generate(x, a.new, temperature=0))}, a.rounds)
     if 'train' in a.cases:
         x, bf16 = text(1, a.prefill + 1), a.dtype == 'bfloat16'
-        made = {'ours, n_iter=1': one, 'transformers, n_iter=1': hf, f'ours, fixed {K}': fixed, f'ours, {K} with gates': model}
+        again = twin(fixed)
+        again.remat = True
+        made = {'ours, n_iter=1': one, 'transformers, n_iter=1': hf, f'ours, fixed {K}': fixed, f'ours, fixed {K}, remat': again, f'ours, {K} with gates': model}
         rows += race(f'training step {a.prefill}', {name: training_step(m.float(), x, bf16) for name, m in made.items() if m}, a.rounds)
     print(f'{a.ckpt or a.config}: {cfg.n_layer} layers, width {cfg.n_embd}, vocabulary {cfg.vocab_size}, K = {K}, {a.dtype} on {a.device}; '
           f'prompts of {a.prompt} tokens, {a.new} new ones a slot; {a.rounds} rounds taken in turn.'

@@ -833,7 +833,7 @@ GPUS = {'H100': (989e12, 80), 'H100-PCIe': (756e12, 80), 'H200': (989e12, 141), 
 def activation_bytes(cfg, tokens, bf16=True, remat=False, cpu=False):
     """What a training step on `tokens` tokens holds at its peak beside weights, gradients and optimizer, by part. torch.compile keeps a little less.
 
-    The first three are kept for backward. To these comes `loss`, as the loss is computed, and later `backward`; the peak has the larger one.
+    The first four are kept for backward. To these comes `loss`, as the loss is computed, and later `backward`; at_peak() takes the larger one.
     """
     b, d, L, K, V, N = 2 if bf16 else 4, cfg.n_embd, cfg.n_layer, cfg.n_iter, cfg.vocab_size, tokens
     one = N * L * d * (4 + 16 * b)     # an iteration: x in float32, two norms, q, k, v, y, 4 d and 4 d of the MLP
@@ -846,8 +846,14 @@ def activation_bytes(cfg, tokens, bf16=True, remat=False, cpu=False):
         logits, vocab = logits + (K - 1) * N * V * (4 + b * (b == 2)), 0
     else:
         vocab = (K > 1) * (4 * table + table * (b == 2) + (12 - b) * max(1024 * N, AdaPonderLM.CHUNK * (not cpu)))  # of the pondering embedding
-    return dict(backbone=K * N * d * 4 if remat else one + (K - 1) * (one - kv * (b == 2)), between=8 * K * N * d, gates=gates,
+    return dict(copies=2 * (count_parameters(cfg) - 2 * d * V) * (b == 2), backbone=K * N * d * 4 if remat else one + (K - 1) * (one - kv * (b == 2)),
+                between=(16 if kv else 8) * K * N * d, gates=gates,
                 loss=table + logits, backward=max(vocab, sums + one + kv) if remat else vocab - one)
+
+
+def at_peak(parts):
+    """Those of activation_bytes()'s parts that are there at the peak: all that is kept, and the loss or backward."""
+    return {k: v for k, v in parts.items() if k != min(('loss', 'backward'), key=parts.get)}
 
 
 def measured_peak(cfg, rows, T, bf16, remat, device):
@@ -895,16 +901,15 @@ def plan(a):
     training = 3 * forward * tokens
     hours = training / (peak * a.mfu) / 3600
     b = 4 if t.dtype == 'float32' else 2
-    act = activation_bytes(cfg, N, b == 2, t.remat)
-    peak_at = 'loss' if act['loss'] > act['backward'] else 'backward'
+    act = at_peak(activation_bytes(cfg, N, b == 2, t.remat))
     memory = [('weights', 4 * P, '4 P: float32'), ('gradients', 4 * P, "4 P: float32, shared with DDP's buckets"),
               ('AdamW', 8 * P / (a.gpus if t.shard_optimizer else 1), '8 P' + ' / GPUs' * t.shard_optimizer + ': two moments in float32'),
-              ('bfloat16 weights', 2 * (P - 2 * cfg.n_embd * cfg.vocab_size) * (b == 2), "2 (P - 2 d V): autocast's copies"),
+              ('bfloat16 weights', act['copies'], "2 (P - 2 d V): autocast's copies"),
               ('activations: backbone', act['backbone'], '4 K N d: the input of every iteration' if t.remat else
                f'N L d (4 + 16 b) + (K - 1) N L d (4 + {16 if not cfg.halting or b == 4 else 14} b): x in float32, two norms, q, k, v, y, 4 d and 4 d of the MLP'),
-              ('activations: between', act['between'], '8 K N d: h, before and after the last norm'),
+              ('activations: between', act['between'], '8 K N d: h, before and after the last norm' + ('; twice: under the mask, and of those that go on' if cfg.halting and K > 1 else '')),
               ('activations: gates', act['gates'], '0: computed again' if t.remat else '(K - 1) N d (2 W b + 8): W d twice, h twice'),
-              ('in the loss', act['loss'], "logits of a chunk, and U's gradient, which is made in the forward pass") if peak_at == 'loss' else
+              ('in the loss', act['loss'], "logits of a chunk, and U's gradient, which is made in the forward pass") if 'loss' in act else
               ('in backward', act['backward'], 'an iteration computed again and sums of gradients, or the pondering embedding: see activation_bytes()')]
     need = sum(m for _, m, _ in memory)
     print(f'{a.config}: P = {P:,} parameters, L = {cfg.n_layer}, d = {cfg.n_embd}, V = {cfg.vocab_size}, K = {K}, W = gate_width = {cfg.gate_width}; '
@@ -928,8 +933,7 @@ def plan(a):
     if a.measure:
         where = 'cuda' if torch.cuda.is_available() else 'cpu'
         measured = measured_peak(cfg, t.batch_size, t.block_size, b == 2, t.remat, where)
-        mine = activation_bytes(cfg, N, b == 2, t.remat, where == 'cpu')
-        mine = sum(mine[p] for p in ('backbone', 'between', 'gates')) + max(mine['loss'], mine['backward']) + dict((n, m) for n, m, _ in memory)['bfloat16 weights']
+        mine = sum(at_peak(activation_bytes(cfg, N, b == 2, t.remat, where == 'cpu')).values())
         print(f'\none micro-batch on {where}, without compile: {measured / 1e6:.0f} MB beyond weights, gradients and AdamW, {measured / N / 1e3:.0f} kB a token; '
               f'by the formulas {mine / 1e6:.0f} MB, {mine / measured - 1:+.1%}')
     report(a, measured=measured, config=asdict(cfg), parameters=P, tokens=tokens, forward_flops=forward, training_flops=training, computed_twice=again / forward / 3, gpu_hours=hours,

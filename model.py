@@ -496,7 +496,7 @@ class AdaPonderLM(nn.Module):
         return few(x, 64) and self.cfg.vocab_size % 64 == 0 and self.cfg.vocab_size >= 8192
 
     def ponder(self, h, targets=None):
-        """The same of tokens with these hidden states, without ever holding all logits. h: (N, d) -> e (N, d); with targets (N,): e, nll (N,) nats, detached."""
+        """The same of tokens with these hidden states, without ever holding all logits. h: (N, d), targets: (N,) or None -> e (N, d), nll (N,) nats, detached, or None."""
         U, nll = self.unembed.weight, None
         if self.cfg.feedback == 'hidden':
             e = h
@@ -513,7 +513,7 @@ class AdaPonderLM(nn.Module):
             e = e * self.cfg.embed_scale
             if targets is not None:
                 nll = (logsum - (h.detach() * U.detach()[targets.clamp(min=0)]).sum(-1)) * (targets != -1)
-        return e if targets is None else (e, nll)
+        return e, nll
 
     @property
     def chunk(self):
@@ -558,15 +558,13 @@ class AdaPonderLM(nn.Module):
             live.append(on)
             m = on
             if fixed:
-                E = E + self.ponder(hidden.flatten(0, 1)).view_as(E)
+                E = E + self.ponder(hidden.flatten(0, 1))[0].view_as(E)
                 kvs = [None] * self.cfg.n_layer  # no K/V to keep
             else:  # E^(i+1) = E^i + m^(i+1) s^i e^i, computed where m^(i+1) = 1
-                e = self.ponder(hidden[m], None if targets is None else targets[m])
-                if targets is not None:
-                    e, nll = e
-                    early.append(nll)
+                e, nll = self.ponder(hidden[m], None if targets is None else targets[m])
                 e = e * self.step_size(s[m])[:, None]
                 E = E + torch.zeros_like(E).index_put((row[m], pos[m]), e.to(E.dtype))
+                early.append(nll)
                 if remat:
                     kvs = [tuple(t.transpose(1, 2)[~m] for t in kv) for kv in kvs]
         return hidden, depth, gates, live, early
@@ -600,10 +598,8 @@ class AdaPonderLM(nn.Module):
                 counts = torch.bincount(row, minlength=B).tolist()
                 if not len(row):
                     break
-            e = self.ponder(h, None if targets is None else targets[row, pos])
-            if targets is not None:
-                e, nll = e
-                early.append(nll)
+            e, nll = self.ponder(h, None if targets is None else targets[row, pos])
+            early.append(nll)
             E = E + self.step_size(s)[:, None].to(E.dtype) * e.to(E.dtype)
         return hidden, depth, gates, live, early
 
@@ -659,7 +655,8 @@ class AdaPonderLM(nn.Module):
         """How far gates are from predicting what going on saved, a scalar.
 
         A token that went on after iteration i saved (NLL it would have had - NLL it has) / passes it made since, in nats a pass. Gate i's s is its
-        prediction: cross entropy with this number as a soft target is least at the expectation, also where single savings are negative.
+        prediction: cross entropy with this number as a soft target is least at the expectation, also where single savings are negative. These
+        are cut at 1 nat a pass, so that a few surprises do not drown the rest.
         """
         loss = torch.zeros((), device=nll.device)
         for i, ((s, _), on, before) in enumerate(zip(gates, live, early)):
@@ -849,12 +846,8 @@ class AdaPonderLM(nn.Module):
     @classmethod
     def from_state(cls, state):
         """The model in what load_checkpoint() returned."""
-        try:
-            cfg = AdaPonderConfig(**state['config'])
-        except TypeError as e:
-            raise ValueError(f'the checkpoint is of another version of this project: {e}') from None
         with torch.device('meta'):
-            model = cls(cfg)
+            model = cls(config_from_state(state))
         model.load_state_dict(state['model'], assign=True)
         return model
 
@@ -1069,6 +1062,14 @@ def load_checkpoint(path, map_location='cpu'):
     if not isinstance(state, dict) or state.get('adaponder') != 1:
         raise ValueError(f'{path} is a checkpoint of another project')
     return state
+
+
+def config_from_state(state, **changes):
+    """AdaPonderConfig of what load_checkpoint() returned, with fields changed."""
+    try:
+        return AdaPonderConfig(**{**state['config'], **changes})
+    except TypeError as e:
+        raise ValueError(f'the checkpoint is of another version of this project: {e}') from None
 
 
 def per_sequence(generator, n):

@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import model as model_py
-from model import AdaPonderConfig, AdaPonderLM, load_checkpoint
+from model import AdaPonderConfig, AdaPonderLM, config_from_state, load_checkpoint
 from prepare_data import load_tokenizer, prepare
 
 Duration = int | str  # a number of steps, or '1000 steps', '1.2B tokens', '40%' (of max_steps)
@@ -67,7 +67,7 @@ class TrainConfig:
     ponder_full: Duration = '70%'     # S1: k has risen from 0 at S0 to k_max here
     k_max: float = 0.4                # fraction of all gate values under pressure; objective 'saving': the share of gated iterations that shall not run
     ponder_lambda: float = 0.1        # weight of the ponder loss
-    explore: float = 0.03             # objective 'saving': share of the training tokens that run all iterations, to show what halting costs
+    explore: float = 0.1              # objective 'saving': share of the training tokens that run all iterations, to show what halting costs
     freeze_backbone: Duration = 0     # from S0 on, train the gates alone for this long
     # optimisation
     batch_size: int = 16              # sequences a micro-batch
@@ -350,6 +350,8 @@ def main(argv):
     S0, S1, freeze, warmup, eval_interval, ckpt_interval = (
         in_steps(name, getattr(cfg, name), tokens_per_step, max_steps)
         for name in ('ponder_start', 'ponder_full', 'freeze_backbone', 'warmup', 'eval_interval', 'ckpt_interval'))
+    if cfg.halting and cfg.n_iter > 1 and S1 < S0 < max_steps:
+        raise UsageError(f'ponder_full (step {S1}) lies before ponder_start (step {S0}): k would jump to k_max at once')
 
     # data; the default set is made once, while the other processes wait for the group
     data_dir, out_dir = Path(cfg.data_dir), Path(cfg.out_dir)
@@ -394,7 +396,7 @@ def main(argv):
             model = AdaPonderLM(AdaPonderConfig(**{**shape, 'vocab_size': vocab_size}))
         elif cfg.init_from.endswith('.pt'):
             state = load_checkpoint(cfg.init_from)
-            model = AdaPonderLM(AdaPonderConfig(**{**state['config'], **own}))
+            model = AdaPonderLM(config_from_state(state, **own))
             model.load_state_dict({k: v for k, v in state['model'].items() if k in model.state_dict()}, strict=False)
         else:
             model = AdaPonderLM.from_pretrained(cfg.init_from, **own)
@@ -455,6 +457,7 @@ def main(argv):
         model.backbone = torch.compile(model.backbone)  # one graph, used by all iterations
 
     saving = bool(model.gates) and model.cfg.objective == 'saving'
+    act = S0 + freeze if saving else S0  # gates that predict learn before they act
 
     def phase(step):
         """What learns at this step: gates that neither act nor learn yet stay out of the optimizer and of DDP's buckets."""
@@ -515,7 +518,7 @@ def main(argv):
 
     while True:
         now = phase(step)
-        acting = bool(model.gates) and step >= S0 + saving * freeze  # gates that predict learn before they act
+        acting = bool(model.gates) and step >= act
         halting = None if acting else False
         if (step % max(1, eval_interval) == 0 and step > 0) or step >= max_steps:
             result = evaluate(model, val, cfg, device, autocast, halting, rank, world)
@@ -540,7 +543,7 @@ def main(argv):
             cfg.final_lr + (1 - cfg.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max_steps))))
         for group in optimizer.param_groups:
             group['lr'] = lr
-        k = cfg.k_max * min(1.0, max(0.0, (step - S0) / max(1, S1 - S0)))
+        k = cfg.k_max * min(1.0, max(0.0, (step - act) / max(1, S1 - act)))
 
         totals = torch.zeros(5, device=device)  # loss, ce, ponder loss, depth, share of gated iterations that the free tokens did not run
         for j in range(n_micro):
@@ -561,8 +564,9 @@ def main(argv):
                 if packed:  # where all tokens halt the later gates do not run; DDP waits for their gradient, and AdamW must see 0
                     loss = loss + 0 * sum(p.sum() for p in model.gates.parameters())
                 loss.backward()
-            depth, free = out.depth.float(), 1 if explore is None else ~explore
-            halted = ((model.cfg.n_iter - depth) * free).sum() / torch.as_tensor(free).expand_as(depth).sum().clamp(min=1) / max(1, model.cfg.n_iter - 1)
+            depth = out.depth.float()
+            free = torch.ones_like(depth) if explore is None else ~explore
+            halted = ((model.cfg.n_iter - depth) * free).sum() / free.sum().clamp(min=1) / max(1, model.cfg.n_iter - 1)
             totals += torch.stack([out.loss.detach(), out.ce_loss.detach(), out.ponder_loss.detach(), depth.mean(), halted]) / n_micro
         if leaving:
             saved = checkpoint()

@@ -1,5 +1,5 @@
-# The runs behind the results table: 2 layers of width 128 on bytes, minutes to a quarter of an hour each on a CPU core. See README, Results.
-# Baselines: --n_iter=1 (Pythia), --halting=False (PonderLM); the smaller size: --n_layer=1; the other text: --data_dir=data/gcide.
+# The runs behind the results table, two to ten minutes each on a CPU core: config/tiny.py's model, 900 steps in bfloat16. See README, Results.
+# Baselines: --n_iter=1 (Pythia), --halting=False (PonderLM).
 out_dir = 'out/evidence'
 data_dir = 'data/stdlib'
 block_size = 192
@@ -10,7 +10,6 @@ n_iter = 4
 gate_width = 1
 objective = 'saving'
 tau = 0.01
-explore = 0.1
 ponder_start = '30%'
 ponder_full = '45%'
 k_max = 0.37

@@ -10,7 +10,6 @@ n_iter = 4
 gate_width = 1           # in a model this small the paper's 4 would cost as much as it saves
 objective = 'saving'     # gates predict what a pass will save; the paper's: objective = 'paper', tau = 1e-4
 tau = 0.01               # the first price of a pass, nats
-explore = 0.1
 ponder_start = '30%'     # until here gates learn and nobody halts
 ponder_full = '45%'
 k_max = 0.37             # of the passes 2 .. 4, the share that shall not run

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -336,6 +337,9 @@ def main(argv=None):
             fail(f'{file} cannot be written: no folder {Path(file).parent} that allows it')
     if hasattr(sys.stdout, 'reconfigure'):
         sys.stdout.reconfigure(encoding='utf-8', errors='backslashreplace')  # whatever the locale: text is UTF-8 here
+
+    if a.compile and a.device == 'cpu' and not any(map(shutil.which, (os.environ.get('CXX', 'g++'), 'clang++', 'cl'))):
+        fail('--compile needs a C++ compiler on a CPU: install g++, or leave it out')
 
     model, enc, eot = load(a)
     if a.compile:

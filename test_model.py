@@ -365,8 +365,7 @@ def test_compiled_decoding_writes_the_same():
     prompts = [[5, 6, 7], [8] * 10]
     want = [(s.seq, s.token, s.depth) for s in m.stream(prompts, 12, slots=2, temperature=0)]
     assert len({d for _, _, d in want}) > 1
-    assert sorted((s.seq, s.token, s.depth) for s in m.compile_decoding().stream(prompts, 12, slots=2, temperature=0)) == sorted(want)
-    assert m.fused is not None
+    assert [(s.seq, s.token, s.depth) for s in m.compile_decoding().stream(prompts, 12, slots=2, temperature=0)] == want
 
 
 @torch.no_grad()
@@ -1926,7 +1925,8 @@ def test_disk_full_costs_one_checkpoint(trained, tmp_path, capsys):
     (dict(ponder_start='soon'), "or '40%' of max_steps, not 'soon'"), (dict(ponder_start=0.4), "or '40%' of max_steps, not '0.4'"),
     (dict(warmup='1.2.3 steps'), 'warmup must be'),
     (dict(dtype='float16'), "dtype must be 'auto', 'float32' or 'bfloat16', not 'float16'"), (dict(batch_size=0), 'must be at least 1'),
-    (dict(execution='packed', objective='paper'), "or 'packed' with another objective"), (dict(k_max=1.5), 'must lie in 0 .. 1'),
+    (dict(execution='packed', objective='paper'), "or 'packed' with another objective"), (dict(k_max=1.5), 'k_max and explore must lie in 0 .. 1'), (dict(explore=-0.1), 'k_max and explore must lie in 0 .. 1'),
+    (dict(ponder_start=12, ponder_full=6), 'ponder_full (step 6) lies before ponder_start (step 12)'),
     (dict(n_embd=17), 'n_embd (17) must be divisible by n_head (2)'), (dict(objective='some'), 'objective must be'), (dict(vocab_size=200), 'the data has 257 token ids'),
     (dict(init_from='nowhere.pt'), 'no checkpoint at nowhere.pt'), (dict(init_from='./nowhere'), 'no folder ./nowhere'), (dict(block_size=600), 'val split of'),
     (dict(data_dir='data/pile'), 'no data in data/pile: make it with "python prepare_data.py PATH ... --tokenizer TOKENIZER --out data/pile"')])
@@ -1987,7 +1987,7 @@ def test_a_config_changed_on_resume_is_said_or_refused(trained, tmp_path, capsys
     write_data(tmp_path / 'data', val=(901,))
     for kw, words in [(dict(n_embd=32), 'trained with other values of n_embd'), (dict(seed=1), 'of seed'), (dict(batch_size=4), 'of batch_size'),
                       (dict(tau=0.5), 'of tau'),
-                      (dict(max_steps=40, ponder_start='90%'), 'the gates would act at another time'),
+                      (dict(max_steps=40, ponder_start='90%', ponder_full='95%'), 'the gates would act at another time'),
                       (dict(data_dir=tmp_path / 'data'), 'was trained on other data than')]:
         assert run_train(**{'data_dir': trained / 'data', 'out_dir': tmp_path / 'out', **kw}) == 2
         assert words in capsys.readouterr().err
@@ -1995,6 +1995,10 @@ def test_a_config_changed_on_resume_is_said_or_refused(trained, tmp_path, capsys
     text = capsys.readouterr().out
     assert all(f'changed since the checkpoint: {w}' in text for w in ('max_steps = 20 -> 22', 'learning_rate = 0.006 -> 0.001', 'ckpt_interval = 5 -> 50'))
     assert load_checkpoint(tmp_path / 'out/ckpt.pt')['step'] == 22
+    state = load_checkpoint(tmp_path / 'out/ckpt.pt')
+    torch.save({**state, 'config': {**state['config'], 'pool': 'all'}}, tmp_path / 'out/ckpt.pt')  # of a version with other settings
+    assert run_train(trained / 'data', tmp_path / 'out') == 2 and 'another version of this project' in capsys.readouterr().err
+    assert run_train(trained / 'data', tmp_path / 'other', init_from=tmp_path / 'out/ckpt.pt') == 2 and 'another version of this project' in capsys.readouterr().err
     (tmp_path / 'out/ckpt.pt').write_bytes(b'junk')
     assert run_train(trained / 'data', tmp_path / 'out') == 2 and 'not a readable checkpoint' in capsys.readouterr().err
     assert run_train(trained / 'data', tmp_path / 'out', resume=False, max_steps=1) == 0 and len(read_log(tmp_path / 'out')) == 2
@@ -2298,10 +2302,8 @@ def test_plan_knows_the_peak_of_a_step(n_iter, halting, bf16, remat, monkeypatch
     """Against the bytes of all live tensors, as torch's profiler saw them come and go."""
     monkeypatch.setattr(AdaPonderLM, 'CHUNK', 2 ** 20)
     cfg = AdaPonderConfig(vocab_size=2000, block_size=256, n_layer=3, n_head=4, n_embd=64, n_iter=n_iter, halting=halting)
-    got, parts = bench.measured_peak(cfg, 8, 256, bf16, remat, 'cpu'), bench.activation_bytes(cfg, 8 * 256, bf16, remat, cpu=True)
-    copies = 2 * (bench.count_parameters(cfg) - 2 * 64 * 2000) * bf16
-    want = parts['backbone'] + parts['between'] + parts['gates'] + max(parts['loss'], parts['backward']) + copies
-    assert 0.85 < want / got < 1.1
+    want = sum(bench.at_peak(bench.activation_bytes(cfg, 8 * 256, bf16, remat, cpu=True)).values())
+    assert abs(want / bench.measured_peak(cfg, 8, 256, bf16, remat, 'cpu') - 1) < 0.1
 
 
 def test_plan_arithmetic(tmp_path, capsys):

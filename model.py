@@ -47,6 +47,7 @@ class AdaPonderConfig:
     gate_bias: float = 4.0         # logit at which gates start: sigmoid(4) = 0.98, open
     objective: str = 'live'        # what the gates learn: 'saving' what going on will save; 'paper' to close, under pressure; 'live' the same, halted ones count as paid
     feedback: str = 'embedding'    # what an iteration hands to the next: 'embedding' (PonderLM) or 'hidden' (a loop transformer)
+    ponder_norm: bool = False      # a final LayerNorm of its own for what is handed on, so that a token's state need not be prediction and message alike
 
     def __post_init__(self):
         for f in fields(self):
@@ -257,7 +258,7 @@ class CrossEntropy(torch.autograd.Function):
     def forward(ctx, h, U, targets, chunk):
         dtype, wide = matrix_dtype(U)
         u, nlls, dhs, dU = U.to(dtype), [], [], torch.zeros_like(U) if ctx.needs_input_grad[1] else None
-        chunk = math.ceil(len(h) / math.ceil(len(h) / chunk))  # equal runs
+        chunk = math.ceil(len(h) / max(1, math.ceil(len(h) / chunk))) or 1  # equal runs
         for x, t in zip(h.to(dtype).split(chunk), targets.split(chunk)):
             at, counts = t.clamp(min=0)[:, None], (t != -1)[:, None]
             p = (x @ u.t()).to(wide)  # (n, V): logits, then in place exp(logits - top)
@@ -282,7 +283,7 @@ class CrossEntropy(torch.autograd.Function):
 
 
 class ExpectedRow(torch.autograd.Function):
-    """softmax(h U^T) V, the rows of V weighted by probability, and logsumexp(h U^T), without gradient. h: (N, d), U, V: (vocab, d) -> (N, d), (N,).
+    """softmax(h U^T) V, the rows of V weighted by probability. h: (N, d), U, V: (vocab, d) -> (N, d).
 
     This is attention of h over the rows of U: a running maximum and sum let it go through the vocabulary in blocks, so that no more than
     N x block logits live at a time, in backward too, where they are computed again.
@@ -303,11 +304,10 @@ class ExpectedRow(torch.autograd.Function):
         e /= z
         logsum = top + z.log()
         ctx.save_for_backward(h, U, V, e, logsum)
-        ctx.mark_non_differentiable(flat := logsum.squeeze(-1))
-        return e.to(h.dtype), flat
+        return e.to(h.dtype)
 
     @staticmethod
-    def backward(ctx, g, _):
+    def backward(ctx, g):
         h, U, V, e, logsum = ctx.saved_tensors
         dtype, wide = ctx.dtypes
         dh, dU, dV = (torch.zeros_like(t, dtype=wide) if need else None for t, need in zip((h, U, V), ctx.needs_input_grad))
@@ -324,6 +324,17 @@ class ExpectedRow(torch.autograd.Function):
             if dh is not None:
                 dh += p @ u
         return *(None if d is None else d.to(t.dtype) for d, t in zip((dh, dU, dV), (h, U, V))), None
+
+
+class Affine(nn.Module):
+    """What a LayerNorm ends with. Two LayerNorms of one input differ in nothing else, so this makes the second from the first. (..., d) -> (..., d)."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(d)), nn.Parameter(torch.zeros(d))
+
+    def forward(self, x):
+        return x * self.weight + self.bias
 
 
 @dataclass
@@ -415,6 +426,7 @@ class AdaPonderLM(nn.Module):
         self.embed = nn.Embedding.from_pretrained(torch.empty(cfg.vocab_size, cfg.n_embd), freeze=False)  # filled below
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.ln_f = nn.LayerNorm(cfg.n_embd, eps=cfg.norm_eps)
+        self.ln_ponder = Affine(cfg.n_embd) if cfg.ponder_norm and cfg.n_iter > 1 else nn.Identity()  # from ln_f's output to what is handed on
         self.unembed = Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         n_gate = cfg.n_iter - 1 if cfg.halting else 0
         self.gates = nn.ModuleList(Gate(cfg.n_embd, cfg.gate_width * cfg.n_embd, 1) for _ in range(n_gate))
@@ -424,7 +436,7 @@ class AdaPonderLM(nn.Module):
     def init_weights(self, prefix=''):
         """PonderLM's initialisation: normal cut at 3 sigma, std sqrt(2 / 5d), a block's two outputs damped by sqrt(2 n_layer K).
 
-        prefix: only the parameters whose names begin so, as after loading a backbone that had no gates.
+        prefix: only the parameters whose names begin so (a string or several), as after loading a backbone that had no gates.
         """
         if self.embed.weight.is_meta:
             return  # nothing to fill, and for random numbers on this device torch imports its compiler: two seconds of every start
@@ -436,8 +448,8 @@ class AdaPonderLM(nn.Module):
             if p.dim() > 1:
                 s = std / damp if name.startswith('blocks') and 'proj' in name else std
                 nn.init.trunc_normal_(p, std=s, a=-3 * s, b=3 * s)
-            elif name.endswith('bias'):
-                p.zero_()
+            else:
+                p.fill_(0.0 if name.endswith('bias') else 1.0)
         for gate in self.gates:  # open, and equal for all tokens, until training says otherwise
             gate.proj.weight.zero_()
             gate.proj.bias.fill_(self.cfg.gate_bias)
@@ -478,7 +490,7 @@ class AdaPonderLM(nn.Module):
         return s, on
 
     def expect(self, logits):
-        """The pondering embedding of tokens with these logits, e = softmax(logits) (sqrt(d) V). logits: (N, vocab) -> (N, d)."""
+        """The pondering embedding, e = softmax(logits) (sqrt(d) V), from logits of ln_ponder(h). logits: (N, vocab) -> (N, d)."""
         P, V = F.softmax(logits, dim=-1).to(self.embed.weight.dtype), self.embed.weight
         if self.in_parts(P):
             return torch.bmm(P.view(len(P), 64, -1).transpose(0, 1), V.view(64, -1, V.size(1))).sum(0) * self.cfg.embed_scale
@@ -495,25 +507,20 @@ class AdaPonderLM(nn.Module):
         """Whether the product of few rows with a large vocabulary is better done as many small ones."""
         return few(x, 64) and self.cfg.vocab_size % 64 == 0 and self.cfg.vocab_size >= 8192
 
-    def ponder(self, h, targets=None):
-        """The same of tokens with these hidden states, without ever holding all logits. h: (N, d), targets: (N,) or None -> e (N, d), nll (N,) nats, detached, or None."""
-        U, nll = self.unembed.weight, None
+    def ponder(self, h):
+        """What tokens with these hidden states hand on, without ever holding all logits. h: (N, d) -> e (N, d)."""
+        h = self.ln_ponder(h)
         if self.cfg.feedback == 'hidden':
-            e = h
-            if targets is not None:
-                nll = CrossEntropy.apply(h.detach(), U.detach(), targets, self.chunk)[1]
-        elif len(h) * self.cfg.vocab_size <= self.CHUNK // 8:
-            logits = self.unembed(h)
-            e = self.expect(logits)
-            if targets is not None:
-                nll = F.cross_entropy(logits.detach(), targets, ignore_index=-1, reduction='none')
-        else:
-            block = 1024 if h.device.type == 'cpu' else max(1024, self.CHUNK // len(h))  # a CPU's cache wants few, a GPU many
-            e, logsum = ExpectedRow.apply(h, U, self.embed.weight, block)
-            e = e * self.cfg.embed_scale
-            if targets is not None:
-                nll = (logsum - (h.detach() * U.detach()[targets.clamp(min=0)]).sum(-1)) * (targets != -1)
-        return e, nll
+            return h
+        if len(h) * self.cfg.vocab_size <= self.CHUNK // 8:
+            return self.expect(self.unembed(h))
+        block = 1024 if h.device.type == 'cpu' else max(1024, self.CHUNK // len(h))  # a CPU's cache wants few, a GPU many
+        return ExpectedRow.apply(h, self.unembed.weight, self.embed.weight, block) * self.cfg.embed_scale
+
+    @torch.no_grad()
+    def early_nll(self, h, targets):
+        """The NLL that tokens would have had if they had halted with h. h: (N, d), targets: (N,) or None -> (N,) nats, or None."""
+        return targets if targets is None else CrossEntropy.apply(h, self.unembed.weight, targets, self.chunk)[1]
 
     @property
     def chunk(self):
@@ -558,13 +565,13 @@ class AdaPonderLM(nn.Module):
             live.append(on)
             m = on
             if fixed:
-                E = E + self.ponder(hidden.flatten(0, 1))[0].view_as(E)
+                E = E + self.ponder(hidden.flatten(0, 1)).view_as(E)
                 kvs = [None] * self.cfg.n_layer  # no K/V to keep
             else:  # E^(i+1) = E^i + m^(i+1) s^i e^i, computed where m^(i+1) = 1
-                e, nll = self.ponder(hidden[m], None if targets is None else targets[m])
-                e = e * self.step_size(s[m])[:, None]
+                h = hidden[m]  # (M, d)
+                e = self.ponder(h) * self.step_size(s[m])[:, None]
                 E = E + torch.zeros_like(E).index_put((row[m], pos[m]), e.to(E.dtype))
-                early.append(nll)
+                early.append(self.early_nll(h, targets if targets is None else targets[m]))
                 if remat:
                     kvs = [tuple(t.transpose(1, 2)[~m] for t in kv) for kv in kvs]
         return hidden, depth, gates, live, early
@@ -598,9 +605,8 @@ class AdaPonderLM(nn.Module):
                 counts = torch.bincount(row, minlength=B).tolist()
                 if not len(row):
                     break
-            e, nll = self.ponder(h, None if targets is None else targets[row, pos])
-            early.append(nll)
-            E = E + self.step_size(s)[:, None].to(E.dtype) * e.to(E.dtype)
+            E = E + self.step_size(s)[:, None].to(E.dtype) * self.ponder(h).to(E.dtype)
+            early.append(self.early_nll(h, targets if targets is None else targets[row, pos]))
         return hidden, depth, gates, live, early
 
     def forward(self, idx, targets=None, execution='dense', policy=None, tau=None, max_iter=None, halting=None, k=0.0, ponder_lambda=0.0, explore=None):
@@ -702,7 +708,7 @@ class AdaPonderLM(nn.Module):
     def decode(self, E, slot, it, pos, where, cache, rope, graphs):
         """One pass for one token of each of N slots. E: (slots, d); slot, it, pos: (N,), and as the list `where`, see cached_attention().
 
-        Returns h (N, d), logits (N, vocab) and, where shapes are static, all gate values (N, n_gate), else None: decide() finds those that count.
+        Returns h (N, d) and, where shapes are static, all gate values (N, n_gate), else None: decide() finds those that count.
         """
         static = self.static_shapes(E.device)
         one = where[0][1] if len({i for _, i, _ in where}) == 1 else None  # the iteration of all
@@ -711,8 +717,7 @@ class AdaPonderLM(nn.Module):
         def run(x, slot, it, pos):
             at = (slot, it if one is None else one, pos, None if static else where, length)
             h, _ = (self.fused or self.backbone)(x, tuple(t[pos] for t in rope), cached_attention, [*zip(cache.k, cache.v)], at)
-            gate = torch.stack([g(h) for g in self.gates], dim=-1) if static and self.gates else None
-            return h, self.decode_logits(h), gate  # logits are needed by all: to ponder, or to draw the next token
+            return h, torch.stack([g(h) for g in self.gates], dim=-1) if static and self.gates else None
         args = E[slot], slot, it, pos
         return graphs((length, one), run, *args) if static else run(*args)
 
@@ -761,7 +766,7 @@ class AdaPonderLM(nn.Module):
                 if self.static_shapes(device):  # idle slots run along, and write where their next token will
                     where = [(b, it[b] if b in busy else where[0][1], pos[b]) for b in range(slots)]
                 slot_t, it_t, pos_t = torch.tensor(where, device=device).unbind(1)
-                h, logits, gate = self.decode(E, slot_t, it_t, pos_t, where, cache, rope, graphs)
+                h, gate = self.decode(E, slot_t, it_t, pos_t, where, cache, rope, graphs)
                 on, s = [False] * len(where), [None] * len(where)
                 for i in sorted({it[b] for b in busy if it[b] < max_iter - 1}):
                     at = [n for n, (b, _, _) in enumerate(where) if it[b] == i and b in busy]
@@ -771,6 +776,9 @@ class AdaPonderLM(nn.Module):
                         on[n], s[n] = bool(onn), sn
                         values[where[n][0]].append(sn)
                 go, halted = [n for n in range(len(where)) if on[n]], []
+                if self.cfg.ponder_norm:
+                    h[go] = self.ln_ponder(h[go])
+                logits = self.decode_logits(h)  # needed by all: to ponder, or to draw the next token
                 if go:
                     e = h[go] if self.cfg.feedback == 'hidden' else self.expect(logits[go])
                     E[slot_t[go]] += self.step_size(torch.tensor([s[n] for n in go], device=device, dtype=dtype))[:, None] * e
@@ -857,19 +865,19 @@ class AdaPonderLM(nn.Module):
 
         path: a folder with config.json and weights (model.safetensors, pytorch_model.bin, or either in shards with an index), one weights
         file in such a folder, or a hub name. n_iter: default what the folder says, else 4. overrides: fields of AdaPonderConfig.
-        Gates that the folder does not have start open. In memory are the model and, mapped from the disk, one shard.
+        Gates that the folder does not have start open, ln_ponder as ln_f. In memory are the model and, mapped from the disk, one shard.
         Raises FileNotFoundError or ValueError naming the tensor or setting that does not fit.
         """
         path = find_pretrained(path)
         folder = path if path.is_dir() else path.parent
         with torch.device('meta'):
             model = cls(config_from_hf(folder / 'config.json', n_iter, overrides)).to(dtype)
-        model.to_empty(device='cpu').init_weights('gates.')
+        model.to_empty(device='cpu').init_weights(OWN)
         params, seen = dict(model.named_parameters()), set()
         files = [(f, hf_to_ours) for f in weight_files(path, ('model.safetensors', 'pytorch_model.bin'))]
         if not files:
             raise FileNotFoundError(f'{folder} has neither model.safetensors nor pytorch_model.bin, nor an index of their shards')
-        if model.gates:
+        if any(n.startswith(OWN) for n in params):
             files += [(f, str) for f in weight_files(folder, ('gates.safetensors', 'gates.bin'))]
         for file, rename in files:
             for name, tensor in read_tensors(file):
@@ -885,14 +893,14 @@ class AdaPonderLM(nn.Module):
                 params[ours].data.copy_(tensor)
                 seen.add(ours)
         halves = {n.rsplit('.', 2)[0] for n in seen}  # of the gates; one that the folder does not have at all may be new
-        missing = [n for n in params if n not in seen and (not n.startswith('gates.') or n.rsplit('.', 2)[0] in halves)]
+        missing = [n for n in params if n not in seen and (not n.startswith(OWN) or n.rsplit('.', 2)[0] in halves)]
         if missing:
-            names = [n if n.startswith('gates.') else ours_to_hf(n) for n in missing]
+            names = [n if n.startswith(OWN) else ours_to_hf(n) for n in missing]
             raise ValueError(f'{folder} lacks the tensor {", ".join(names[:3])}' + f' and {len(names) - 3} more' * (len(names) > 3))
         return model
 
     def save_pretrained(self, path):
-        """Write a folder that transformers loads as GPTNeoXForCausalLM, with the gates beside the weights in a file of their own.
+        """Write a folder that transformers loads as GPTNeoXForCausalLM, with the gates (and ln_ponder) beside the weights in a file of their own.
 
         transformers runs one iteration and does not scale embeddings: it computes this model's function at n_iter=1, scale_embeds=False.
         Files are .safetensors where safetensors is installed, else .bin.
@@ -914,9 +922,9 @@ class AdaPonderLM(nn.Module):
             written.append(stem + ('.bin' if save is torch.save else '.safetensors'))
             save({n: t.contiguous() for n, t in tensors}, str(path / written[-1]) + '.tmp', **({} if save is torch.save else {'metadata': {'format': 'pt'}}))
         state = self.state_dict().items()
-        write('pytorch_model' if save is torch.save else 'model', [(ours_to_hf(n), t) for n, t in state if not n.startswith('gates.')])
-        if self.gates:
-            write('gates', [(n, t) for n, t in state if n.startswith('gates.')])
+        write('pytorch_model' if save is torch.save else 'model', [(ours_to_hf(n), t) for n, t in state if not n.startswith(OWN)])
+        if own := [(n, t) for n, t in state if n.startswith(OWN)]:
+            write('gates', own)
         written.append('config.json')
         (path / 'config.json.tmp').write_text(json.dumps(config, indent=2))
         for name in written:
@@ -928,6 +936,7 @@ class AdaPonderLM(nn.Module):
 
 # Hugging Face's names of our settings and tensors; the layouts are the same, fused QKV included
 
+OWN = ('gates.', 'ln_ponder.')  # tensors that GPT-NeoX does not have
 HF_CONFIG = dict(vocab_size='vocab_size', block_size='max_position_embeddings', n_layer='num_hidden_layers', n_head='num_attention_heads',
                  n_embd='hidden_size', rotary_pct='rotary_pct', rotary_base='rotary_emb_base', norm_eps='layer_norm_eps')
 HF_NAMES = [('embed.', 'gpt_neox.embed_in.'), ('unembed.', 'embed_out.'), ('ln_f.', 'gpt_neox.final_layer_norm.'), ('blocks.', 'gpt_neox.layers.'),

@@ -62,6 +62,7 @@ class TrainConfig:
     gate_bias: float = 4.0
     objective: str = 'live'           # how gates learn to halt: 'paper', 'live' or 'saving', see AdaPonderConfig
     feedback: str = 'embedding'       # 'hidden': a loop transformer
+    ponder_norm: bool = False         # a LayerNorm of its own for the pondering embedding
     # the two stages
     ponder_start: Duration = '40%'    # S0: until here plain PonderLM; then the gates act
     ponder_full: Duration = '70%'     # S1: k has risen from 0 at S0 to k_max here
@@ -386,7 +387,7 @@ def main(argv):
     # model
     torch.manual_seed(cfg.seed)
     shape = {f.name: getattr(cfg, f.name) for f in fields(AdaPonderConfig) if hasattr(cfg, f.name)}
-    own = {k: shape[k] for k in ('n_iter', 'halting', 'tau', 'gate_width', 'gate_bias', 'objective', 'feedback')}  # what a loaded backbone may be given anew
+    own = {k: shape[k] for k in ('n_iter', 'halting', 'tau', 'gate_width', 'gate_bias', 'objective', 'feedback', 'ponder_norm')}  # what a loaded backbone may be given anew
     resumed = None
     try:
         if cfg.resume and ckpt_path.exists():
@@ -562,7 +563,7 @@ def main(argv):
                               ponder_lambda=cfg.ponder_lambda, explore=explore)
                 loss = out.loss / n_micro
                 if packed:  # where all tokens halt the later gates do not run; DDP waits for their gradient, and AdamW must see 0
-                    loss = loss + 0 * sum(p.sum() for p in model.gates.parameters())
+                    loss = loss + 0 * sum(p.sum() for part in (model.gates, model.ln_ponder) for p in part.parameters())
                 loss.backward()
             depth = out.depth.float()
             free = torch.ones_like(depth) if explore is None else ~explore

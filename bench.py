@@ -429,6 +429,11 @@ def ppl(a):
     full = float(costs(replace(cfg, halting=False), x.size(1) - 1)[:, -1].mean())  # fixed depth has no gates to pay for
     main = 'vanilla' if cfg.n_iter == 1 else 'adaptive' if cfg.halting else 'fixed'
     others = [('vanilla', a.vanilla), ('vanilla longer', a.vanilla_longer), ('fixed', a.fixed)]
+    for other in a.others:
+        name, equals, path = other.partition('=')
+        if not (name and equals and path) or name in ('adaptive', *dict(others)):
+            fail(f'--others takes NAME=CKPT, with a name of its own for each, not {other!r}')
+        others.append((name, path))
     rows, runs = [], {}
     for name, path in [(main, a.ckpt)] + [(name, path) for name, path in others if path]:
         m, st = (model, state) if path == a.ckpt else load(path, a)
@@ -436,7 +441,7 @@ def ppl(a):
             fail(f'{path} has another vocabulary or block_size than {a.ckpt}: they cannot be compared')
         kinds = [k for k in POLICIES if k in a.policies and (m.cfg.halting or k not in ('learned', 'random'))]  # these two need gates
         if path != a.ckpt:
-            kinds = [k for k in kinds if k in ('confidence', 'convergence')]
+            kinds = [k for k in kinds if k in ('confidence', 'convergence') and name == 'fixed']
         mine, own = at_equal_flops(m, x, calib, a, kinds, full)
         rows += [dict(model=name, **r) for r in mine]
         runs[name] = dict(ckpt=str(path), params=sum(p.numel() for p in m.parameters()), n_iter=m.cfg.n_iter, **own)
@@ -496,7 +501,8 @@ def summary(runs):
     mine = [run['runs']['adaptive'] for run in runs if 'by_depth' in run['runs'].get('adaptive', {})]
     depths = [dict(depth=d, **{f: mean_of([r.get(f) for r in same]) for f in ('share', 'nll', 'nobody_halts', 'first_iteration')})
               for d, same in enumerate(zip(*(run['by_depth'] for run in mine)), 1)]
-    return dict(seeds=[run['train_config'].get('seed') for run in runs], data=runs[0]['data'], n_iter=runs[0]['config']['n_iter'], tokens=runs[0]['tokens'],
+    natural = [(name, f'max_iter {run["n_iter"]}') for name, run in runs[0]['runs'].items() if name not in ('adaptive', 'vanilla', 'vanilla longer', 'fixed')]
+    return dict(seeds=[run['train_config'].get('seed') for run in runs], others=[r for r in rows if (r['model'], r['dial']) in natural], data=runs[0]['data'], n_iter=runs[0]['config']['n_iter'], tokens=runs[0]['tokens'],
                 train_flops={name: run.get('train_flops') for name, run in runs[0]['runs'].items()}, rows=rows, by_depth=depths,
                 spearman=mean_of([run['spearman'][0] for run in mine]))
 
@@ -522,7 +528,7 @@ def results(a):
 
     def markdown(header, rows):
         return '\n'.join('| ' + ' | '.join(r) + ' |' for r in [header, ['---'] * len(header)] + rows) + '\n'
-    head, dials, depths = [], [], []
+    head, dials, depths, others = [], [], [], []
     rivals = [('adaptive', p) for p in POLICIES[1:]] + [('fixed', p) for p in ('confidence', 'convergence')]
     for name, g in groups.items():
         def learned(dial, **forms):
@@ -534,13 +540,15 @@ def results(a):
                    *(get(g, m, p, r['dial'], 'over_learned', '{:+.4f}') for m, p in rivals)] for r in g['rows'] if r['policy'] == 'learned']
         depths += [[name, str(r['depth']), show(r['share'], '{:.1%}'), *(show(r[f], '{:.3f}') for f in ('nll', 'nobody_halts', 'first_iteration'))]
                    for r in g['by_depth']]
+        others += [[name, r['model'], *(show(r[f], form) for f, form in (('saved', '{:.1%}'), ('nll', '{:.4f}'), ('ppl', '{:.3f}'), ('retained', '{:.1%}')))] for r in g['others']]
     text = ('Mean ± standard deviation over seeds; NLL in nats a token; saved: inference FLOPs against fixed depth without gates.\n\n'
             + markdown(['setting', 'seeds', 'ppl n_iter=1', 'n_iter=1, longer', 'fixed depth', 'adaptive', 'mean depth', 'saved', 'gain kept',
                         'rank correlation'], head)
             + '\nThe learned gates over the dial, and by how much the NLL of each other policy is above theirs at the same FLOPs:\n\n'
             + markdown(['setting', 'dial', 'saved', 'NLL', 'gain kept'] + [p + ', fixed depth' * (m == 'fixed') for m, p in rivals], dials)
             + '\nTokens by the depth at which they halt:\n\n'
-            + markdown(['setting', 'depth', 'share', 'NLL', 'NLL if nobody halts', 'NLL after iteration 1'], depths))
+            + markdown(['setting', 'depth', 'share', 'NLL', 'NLL if nobody halts', 'NLL after iteration 1'], depths)
+            + ('\nOther models, as they were trained:\n\n' + markdown(['setting', 'model', 'saved', 'NLL', 'ppl', 'gain kept'], others) if others else ''))
     print(text)
     write(Path(a.out) / 'results.md', text)
     write(Path(a.out) / 'results.json', json.dumps(groups, indent=1))
@@ -571,6 +579,8 @@ def draw_iso_flops(plt, groups):
         for r in g['rows']:
             if (r['policy'], r['dial']) == ('learned', 'own'):
                 ax.plot(100 * r['saved']['mean'], r['nll']['mean'], '*', color='black', ms=13, label='trained tau')
+        for n, r in enumerate(g['others']):
+            ax.plot(100 * r['saved']['mean'], r['nll']['mean'], 's^vD'[n % 4], color='grey', ms=6, label=r['model'])
         ax.set(xlabel=f'inference FLOPs saved against fixed depth {g["n_iter"]}, %', ylabel='validation NLL, nats a token')
         ax.set_title(name, fontsize=9)
         if len(levels) == 2:  # what is far worse than one pass may leave the picture
@@ -1116,6 +1126,7 @@ def main(argv=None):
     arg('--data', help='a folder of prepare_data.py; default: the one that the checkpoint was trained on')
     arg('--vanilla', help='a checkpoint with n_iter=1, for the gain that is kept')
     arg('--vanilla_longer', help='one that was given the training FLOPs of fixed depth')
+    arg('--others', nargs='+', default=[], metavar='NAME=CKPT', help='other models to set beside these, as they are; for example fixed depth trained with n_iter=3')
     arg('--fixed', help='a checkpoint of fixed depth, for the gain that is kept; early exits are measured on it too')
     arg('--policies', nargs='+', choices=POLICIES, default=POLICIES)
     arg('--save', nargs='*', type=float, default=[0.05, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6], help="the dial: shares of fixed depth's FLOPs to save")

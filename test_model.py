@@ -118,16 +118,19 @@ def naive(model, tokens, policy=None, halting=True):
                 x[t] = (x[t] + w[f'blocks.{l}.attn.proj.weight'] @ np.concatenate(y) + w[f'blocks.{l}.attn.proj.bias']
                         + mlp(norm(x[t], f'blocks.{l}.ln_2'), f'blocks.{l}.mlp'))
         for t in x:
-            h = norm(x[t], 'ln_f')
+            h = message = norm(x[t], 'ln_f')
             depth[t], out[t] = i + 1, w['unembed.weight'] @ h
             if i < cfg.n_iter - 1:
                 s = 1 / (1 + math.exp(-mlp(h, f'gates.{i}')[0])) if halting else 1.0
                 gates[t].append(s)
                 alive[t] = policy(i, t) if policy else s >= cfg.tau
                 if alive[t]:
-                    p = np.exp(out[t] - out[t].max())
+                    if cfg.ponder_norm:
+                        message = h * w['ln_ponder.weight'] + w['ln_ponder.bias']
+                    logits = w['unembed.weight'] @ message
+                    p = np.exp(logits - logits.max())
                     e = (p / p.sum()) @ w['embed.weight'] * scale
-                    E[t] = E[t] + (1.0 if cfg.objective == 'saving' else s) * (h if cfg.feedback == 'hidden' else e)
+                    E[t] = E[t] + (1.0 if cfg.objective == 'saving' else s) * (message if cfg.feedback == 'hidden' else e)
     return np.stack(out), depth, gates
 
 
@@ -147,7 +150,8 @@ def cached(model, tokens, n, **kw):
     return torch.stack(logits), [s.depth for s in steps], [s.gates for s in steps]
 
 
-@pytest.mark.parametrize('kw', [{}, dict(n_iter=1), dict(halting=False), dict(scale_embeds=False, rotary_pct=0.25, n_iter=3), dict(feedback='hidden'), dict(objective='saving', tau=0.3)])
+@pytest.mark.parametrize('kw', [{}, dict(n_iter=1), dict(halting=False), dict(scale_embeds=False, rotary_pct=0.25, n_iter=3), dict(feedback='hidden'), dict(objective='saving', tau=0.3),
+                                dict(ponder_norm=True), dict(ponder_norm=True, feedback='hidden', objective='saving', tau=0.3), dict(ponder_norm=True, halting=False)])
 def test_three_executions_equal_the_naive_reference(kw):
     m = tiny(**kw)
     tokens = torch.randint(61, (2, 14), generator=torch.Generator().manual_seed(5))
@@ -177,8 +181,9 @@ def coin(rate, seed=0):
 
 
 @pytest.mark.parametrize('dtype, bound', [(torch.float64, 1e-10), (torch.float32, 1e-4)])
-def test_dense_packed_cached_agree_under_random_policies(dtype, bound):
-    m = tiny(dtype)
+@pytest.mark.parametrize('ponder_norm', [False, True])
+def test_dense_packed_cached_agree_under_random_policies(dtype, bound, ponder_norm):
+    m = tiny(dtype, ponder_norm=ponder_norm)
     tokens = torch.randint(61, (3, 24), generator=torch.Generator().manual_seed(1))
     for rate in (0.0, 0.3, 0.7, 1.0):
         a, b = m(tokens, policy=coin(rate)), m(tokens, execution='packed', policy=coin(rate))
@@ -193,8 +198,9 @@ def test_dense_packed_cached_agree_under_random_policies(dtype, bound):
         assert torch.equal(a.depth, 1 + on.int().cumprod(0).sum(0))
 
 
-def test_packed_has_the_gradients_of_dense():
-    m = tiny()
+@pytest.mark.parametrize('ponder_norm', [False, True])
+def test_packed_has_the_gradients_of_dense(ponder_norm):
+    m = tiny(ponder_norm=ponder_norm)
     x, y = torch.randint(61, (2, 2, 20), generator=torch.Generator().manual_seed(2))
     grads = []
     for execution in ('dense', 'packed'):
@@ -252,10 +258,10 @@ def test_ponder_loss_is_the_mean_of_the_smallest():
 
 @pytest.mark.parametrize('chunk', [2 ** 24, 400])  # few logits, and the vocabulary in blocks
 @pytest.mark.parametrize('execution', ['dense', 'packed'])
-@pytest.mark.parametrize('feedback', ['embedding', 'hidden'])
-def test_saving_loss_is_what_going_on_saved(feedback, execution, chunk):
+@pytest.mark.parametrize('feedback, ponder_norm', [('embedding', False), ('hidden', False), ('embedding', True)])
+def test_saving_loss_is_what_going_on_saved(feedback, ponder_norm, execution, chunk):
     """Against one token after another: what it would have lost after each iteration, less what it lost, for each pass between."""
-    m = tiny(objective='saving', tau=0.3, feedback=feedback)
+    m = tiny(objective='saving', tau=0.3, feedback=feedback, ponder_norm=ponder_norm)
     m.CHUNK = chunk
     g = torch.Generator().manual_seed(5)
     x, y = torch.randint(61, (2, 2, 20), generator=g)
@@ -317,16 +323,15 @@ def test_expected_row_and_cross_entropy_are_the_plain_formulas(block):
         h[1] = 300 * U[60]
     w, targets = torch.randn(30, 16, generator=g, dtype=torch.float64), torch.randint(-1, 61, (30,), generator=g)
     plain = [(h @ U.t()).softmax(-1) @ V, torch.nn.functional.cross_entropy(h @ U.t(), targets, ignore_index=-1, reduction='sum')]
-    ours = [model_py.ExpectedRow.apply(h, U, V, block)[0], model_py.CrossEntropy.apply(h, U, targets, block)[0]]
+    ours = [model_py.ExpectedRow.apply(h, U, V, block), model_py.CrossEntropy.apply(h, U, targets, block)[0]]
     for want, got in zip(plain, ours):
         assert (want - got).abs().max() < 1e-10
         grads = [torch.autograd.grad((x * w).sum() if x.dim() else 3 * x, (h, U, V), allow_unused=True) for x in (want, got)]
         for a, b in zip(*grads):
             assert (a is None) == (b is None) and (a is None or (a - b).abs().max() < 1e-9)
     with torch.autocast('cpu', torch.bfloat16):
-        rough, logsum = model_py.ExpectedRow.apply(h.float() / 4, U.float(), V.float(), block)
-    assert (rough - (h @ U.t() / 4).softmax(-1) @ V).abs().mean() < 0.02 and rough.dtype == logsum.dtype == torch.float32
-    assert (logsum - (h @ U.t() / 4).logsumexp(-1))[2:].abs().mean() < 0.02 and (model_py.ExpectedRow.apply(h, U, V, block)[1] - (h @ U.t()).logsumexp(-1)).abs().max() < 1e-10
+        rough = model_py.ExpectedRow.apply(h.float() / 4, U.float(), V.float(), block)
+    assert (rough - (h @ U.t() / 4).softmax(-1) @ V).abs().mean() < 0.02 and rough.dtype == torch.float32
 
 
 # generation
@@ -839,6 +844,8 @@ def test_ponderpythia_folder_is_ponderlm(tmp_path, capsys, name):
         assert (m(x).logits - h @ U.T).abs().max() < 1e-4
     adaptive = AdaPonderLM.from_pretrained(tmp_path, n_iter=4)
     assert adaptive.cfg.n_iter == 4 and len(adaptive.gates) == 3
+    own = AdaPonderLM.from_pretrained(tmp_path, n_iter=4, ponder_norm=True).ln_ponder  # what the folder lacks begins as nothing
+    assert (own.weight == 1).all() and (own.bias == 0).all()
     write_hf(tmp_path, hf_tensors(hf), 'bin', ponderinglm=False, pondering_steps=3)
     assert AdaPonderLM.from_pretrained(tmp_path).cfg.n_iter == 1
 
@@ -847,7 +854,7 @@ def test_save_pretrained_keeps_every_bit(tmp_path, monkeypatch):
     """In every dtype and with every setting, with and without safetensors, over what an earlier save left."""
     transformers = pytest.importorskip('transformers')
     for dtype, kw in ((torch.float32, {}), (torch.bfloat16, dict(n_iter=3, tau=0.01, rotary_pct=0.25, norm_eps=1e-6)),
-                      (torch.float64, dict(halting=False, rotary_base=5000.0)),
+                      (torch.float64, dict(halting=False, rotary_base=5000.0)), (torch.float32, dict(ponder_norm=True)), (torch.bfloat16, dict(ponder_norm=True, halting=False)),
                       (torch.float32, dict(n_iter=1, scale_embeds=False, feedback='hidden', objective='paper', gate_bias=2.0))):
         m = tiny(torch.float64, **kw).to(dtype)
         for absent in (False, True, False):
@@ -859,7 +866,7 @@ def test_save_pretrained_keeps_every_bit(tmp_path, monkeypatch):
                 m.save_pretrained(tmp_path)
                 back = AdaPonderLM.from_pretrained(tmp_path, dtype=dtype)
                 assert (tmp_path / 'pytorch_model.bin').exists() == absent == (not (tmp_path / 'model.safetensors').exists())
-                assert any((tmp_path / n).exists() for n in ('gates.bin', 'gates.safetensors')) == bool(m.gates) and not list(tmp_path.glob('*.tmp'))
+                assert any((tmp_path / n).exists() for n in ('gates.bin', 'gates.safetensors')) == (m.cfg.halting and m.cfg.n_iter > 1 or m.cfg.ponder_norm) and not list(tmp_path.glob('*.tmp'))
             assert back.cfg == m.cfg and list(back.state_dict()) == list(m.state_dict())
             assert all(torch.equal(a, b) and a.dtype == b.dtype == dtype for a, b in zip(m.state_dict().values(), back.state_dict().values()))
             hf = transformers.GPTNeoXForCausalLM.from_pretrained(tmp_path, dtype='auto')
@@ -2006,7 +2013,7 @@ def test_a_config_changed_on_resume_is_said_or_refused(trained, tmp_path, capsys
 
 def test_baselines_and_starting_points(trained, tmp_path, capsys):
     short = dict(max_steps=2, ponder_start=1, freeze_backbone=0, sample_tokens=5)
-    for kw, depth in [(dict(n_iter=1), 1.0), (dict(halting=False), 3.0), (dict(feedback='hidden'), None), (dict(objective='paper', remat=True), None),
+    for kw, depth in [(dict(n_iter=1), 1.0), (dict(halting=False), 3.0), (dict(feedback='hidden'), None), (dict(objective='paper', remat=True), None), (dict(ponder_norm=True, objective='saving', execution='packed'), None),
         (dict(init_from=trained / 'out/ckpt.pt', n_iter=2, k_max=0.0), None)]:
         assert run_train(trained / 'data', tmp_path / 'out', resume=False, **short, **kw) == 0
         text = capsys.readouterr().out
@@ -2202,9 +2209,9 @@ def test_statistics():
 
 
 def test_ppl_and_results(tmp_path, capsys):
-    adaptive, fixed, vanilla = tiny(torch.float32), tiny(torch.float32, seed=1, halting=False), tiny(torch.float32, seed=2, n_iter=1)
-    ckpt, fix, van = (bench_run(tmp_path, n, m, tmp_path / 'data') for n, m in (('a.pt', adaptive), ('f.pt', fixed), ('v.pt', vanilla)))
-    argv = ['ppl', '--ckpt', ckpt, '--fixed', fix, '--vanilla', van, '--save', 0.2, 0.5, '--eval_tokens', 1000, '--calib_tokens', 400, '--json', tmp_path / 'one.json']
+    adaptive, fixed, vanilla, three = tiny(torch.float32), tiny(torch.float32, seed=1, halting=False), tiny(torch.float32, seed=2, n_iter=1), tiny(torch.float32, seed=3, halting=False, n_iter=3)
+    ckpt, fix, van, thr = (bench_run(tmp_path, n, m, tmp_path / 'data') for n, m in (('a.pt', adaptive), ('f.pt', fixed), ('v.pt', vanilla), ('t.pt', three)))
+    argv = ['ppl', '--ckpt', ckpt, '--fixed', fix, '--vanilla', van, '--others', f'trained with 3={thr}', '--save', 0.2, 0.5, '--eval_tokens', 1000, '--calib_tokens', 400, '--json', tmp_path / 'one.json']
     got, text = run_bench(capsys, *argv)
     adaptive, fixed, vanilla = (m.requires_grad_(False) for m in (adaptive, fixed, vanilla))
     meta = json.loads((tmp_path / 'data' / 'meta.json').read_text())
@@ -2223,6 +2230,9 @@ def test_ppl_and_results(tmp_path, capsys):
     random = rows['adaptive', 'random', 'own']
     assert np.allclose(random['shares'], own['ran'][1:]) and np.allclose(random['ran'], own['ran'], atol=0.05)
     assert rows['fixed', 'confidence', 0.2]['nll'] > 0 and ('fixed', 'random', 0.2) not in rows and ('vanilla', 'fixed depth', 'max_iter 1') in rows
+    with_3 = rows['trained with 3', 'fixed depth', 'max_iter 3']
+    spend = sum(float(three.cfg.inference_flops(3, t + 1)) for t in range(32)) / 32
+    assert abs(with_3['nll'] - float(three(x[:, :-1], x[:, 1:]).ce_loss)) < 1e-5 and abs(with_3['saved'] - (1 - spend / full)) < 1e-9 and ('trained with 3', 'confidence', 0.2) not in rows
     losses = [float(m(x[:, :-1], x[:, 1:], tau=0.0).ce_loss) for m in (vanilla, fixed)]
     if losses[0] > losses[1]:
         assert abs(own['retained'] - (losses[0] - own['nll']) / (losses[0] - losses[1])) < 1e-3
@@ -2239,6 +2249,7 @@ def test_ppl_and_results(tmp_path, capsys):
     group, = json.loads((tmp_path / 'assets' / 'results.json').read_text()).values()
     mean = next(r for r in group['rows'] if (r['model'], r['policy'], r['dial']) == ('adaptive', 'learned', 'own'))['nll']
     assert abs(mean['mean'] - own['nll'] - 0.1) < 1e-9 and abs(mean['sd'] - 0.2 / math.sqrt(2)) < 1e-9 and len(group['seeds']) == 2
+    assert [(r['model'], round(r['nll']['mean'] - with_3['nll'], 9)) for r in group['others']] == [('trained with 3', 0.1)]
     assert f'{mean["mean"]:.4f} ± 0.1414' in (tmp_path / 'assets' / 'results.md').read_text()
     assert (tmp_path / 'assets' / 'isoflops.png').exists() == ('no pictures' not in capsys.readouterr().out)
 
@@ -2390,7 +2401,7 @@ def test_bench_refuses_nonsense(tmp_path, capsys):
     (tmp_path / 'junk.json').write_text('{"a": 1}')
     file = shape_file(tmp_path / 'c.py')
     elsewhere = shape_file(tmp_path / 'd.py', init_from='some/folder')
-    for argv, words in [(['ppl', '--ckpt', tmp_path / 'none.pt'], 'no checkpoint at'), (['ppl', '--ckpt', ckpt, '--data', tmp_path], 'no data in'), (['ppl', '--ckpt', ckpt, '--fixed', other], 'cannot be compared'),
+    for argv, words in [(['ppl', '--ckpt', tmp_path / 'none.pt'], 'no checkpoint at'), (['ppl', '--ckpt', ckpt, '--data', tmp_path], 'no data in'), (['ppl', '--ckpt', ckpt, '--others', 'a.pt'], 'takes NAME=CKPT'), (['ppl', '--ckpt', ckpt, '--fixed', other], 'cannot be compared'),
                         (['results', tmp_path / 'junk.json'], 'was not written by bench.py ppl'), (['flops'], 'give --config or --ckpt'), (['flops', '--config', elsewhere], 'takes its shape from'),
                         (['speed', '--ckpt', vanilla], 'n_iter > 1'), (['speed', '--config', file], 'block_size of at least 1024'), (['plan', '--config', file, '--gpu', 'abacus'], 'unknown GPU'),
                         (['plan', '--config', file, '--mfu', 2], '--mfu in'), (['curves', tmp_path], 'no log at')]:

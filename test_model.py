@@ -172,6 +172,21 @@ def test_three_executions_equal_the_naive_reference(kw):
         assert all(np.allclose(x, y, atol=1e-12) for x, y in zip(g, gates[4:]))
 
 
+@torch.no_grad()
+def test_ponder_norm_begins_as_the_paper_and_is_a_second_layernorm():
+    plain = AdaPonderLM(AdaPonderConfig(61, 32, 2, 2, 16, n_iter=3, halting=False)).double()
+    m = AdaPonderLM(AdaPonderConfig(61, 32, 2, 2, 16, n_iter=3, halting=False, ponder_norm=True)).double()
+    m.load_state_dict(plain.state_dict(), strict=False)
+    x = torch.randint(61, (2, 20))
+    assert torch.equal(m(x).logits, plain(x).logits)
+    for p in (*m.ln_f.parameters(), *m.ln_ponder.parameters()):
+        p.normal_(1, 0.3)
+    z = torch.randn(7, 16, dtype=torch.float64)
+    second = torch.nn.functional.layer_norm(z, (16,), m.ln_f.weight * m.ln_ponder.weight, m.ln_f.bias * m.ln_ponder.weight + m.ln_ponder.bias)
+    assert (m.ln_ponder(m.ln_f(z)) - second).abs().max() < 1e-12
+    assert not list(AdaPonderLM(AdaPonderConfig(61, 32, 2, 2, 16, n_iter=1, ponder_norm=True)).ln_ponder.parameters())  # one pass hands on nothing
+
+
 def coin(rate, seed=0):
     """A random halting policy that depends on (iteration, row, position) alone, so that every execution meets the same one."""
     def policy(i, s, h, row, pos):
@@ -686,6 +701,14 @@ def test_sample_refuses_with_a_sentence(ckpt, tmp_path, capsys, monkeypatch, arg
         sample_py.main((['--ckpt', str(ckpt)] if '--ckpt' not in args else []) + args)
     err = capsys.readouterr().err
     assert e.value.code == 2 and re.search(words, err) and err.count('\n') == 1
+
+
+def test_compile_without_a_compiler_is_refused(ckpt, capsys, monkeypatch):
+    monkeypatch.setenv('PATH', '')
+    monkeypatch.delenv('CXX', raising=False)
+    with pytest.raises(SystemExit) as e:
+        sample_py.main(['--ckpt', str(ckpt), '--prompt', 'a', '--device', 'cpu', '--compile'])
+    assert e.value.code == 2 and 'needs a C++ compiler' in capsys.readouterr().err
 
 
 def test_sample_ends_quietly_on_a_closed_pipe_and_on_ctrl_c(ckpt):
@@ -1748,7 +1771,8 @@ def test_savings_are_learned_alike_however_the_run_goes(trained, tmp_path, capsy
     for r in log:
         acting = r['step'] > 6 + 3  # gates alone first
         tau *= math.exp(r['k'] - r['halted']) if acting else 1
-        assert abs(r['tau'] / tau - 1) < 1e-9 and (acting or r['depth'] == 3)
+        x = min(1, max(0, r['step'] - 1 - 9) / 3)  # from 9, when they act, to 12: fast at first, then level
+        assert abs(r['tau'] / tau - 1) < 1e-9 and (acting or r['depth'] == 3) and abs(r['k'] - 0.5 * (1 - (1 - x) ** 2)) < 1e-12
     state = load_checkpoint(tmp_path / 'a/ckpt.pt')
     assert state['config']['tau'] == log[-1]['tau'] and 0 < log[-1]['halted'] < 1
 

@@ -68,7 +68,7 @@ class TrainConfig:
     ponder_full: Duration = '70%'     # S1: k has risen from 0 at S0 to k_max here
     k_max: float = 0.4                # fraction of all gate values under pressure; objective 'saving': the share of gated iterations that shall not run
     ponder_lambda: float = 0.1        # weight of the ponder loss
-    explore: float = 0.1              # objective 'saving': share of the training tokens that run all iterations, to show what halting costs
+    explore: float = 0.1              # objective 'saving': share of the training tokens that run all iterations, to show what halting costs; falls to this from S0 to S1
     freeze_backbone: Duration = 0     # from S0 on, train the gates alone for this long
     # optimisation
     batch_size: int = 16              # sequences a micro-batch
@@ -544,7 +544,8 @@ def main(argv):
             cfg.final_lr + (1 - cfg.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max_steps))))
         for group in optimizer.param_groups:
             group['lr'] = lr
-        k = cfg.k_max * min(1.0, max(0.0, (step - act) / max(1, S1 - act)))
+        ramp = min(1.0, max(0.0, (step - act) / max(1, S1 - act)))
+        k = cfg.k_max * (ramp * (2 - ramp) if saving else ramp)  # a price that is still rising when k stops would overshoot
 
         totals = torch.zeros(5, device=device)  # loss, ce, ponder loss, depth, share of gated iterations that the free tokens did not run
         for j in range(n_micro):
@@ -556,7 +557,7 @@ def main(argv):
             x, explore = x.to(device, non_blocking=True), None
             if saving:  # whoever is not free to halt
                 draw = np.random.default_rng([cfg.seed, 1, (step * n_micro + j) * world + rank]).random((len(x), cfg.block_size))
-                explore = torch.from_numpy(draw < (cfg.explore if acting else 1)).to(device)
+                explore = torch.from_numpy(draw < 1 - (1 - cfg.explore) * ramp).to(device)
             with net.no_sync() if world > 1 and j + 1 < n_micro else nullcontext():
                 with autocast():
                     out = net(x[:, :-1], x[:, 1:], 'packed' if packed else 'dense', halting=None if saving else halting, k=torch.tensor(k, device=device),

@@ -585,7 +585,8 @@ def draw_iso_flops(plt, groups):
         ax.set_title(name, fontsize=9)
         if len(levels) == 2:  # what is far worse than one pass may leave the picture
             ax.set_ylim(top=levels[0] + 3 * (levels[0] - levels[1]))
-    axes[0, -1].legend(fontsize=7, loc='upper left', bbox_to_anchor=(1.01, 1))
+    names = {name: mark for ax in axes[0] for mark, name in zip(*ax.get_legend_handles_labels())}
+    axes[0, -1].legend(names.values(), names, fontsize=7, loc='upper left', bbox_to_anchor=(1.01, 1))
     return fig
 
 
@@ -595,9 +596,11 @@ def draw_by_depth(plt, groups):
     for ax, (name, g) in zip(axes[0], groups.items()):
         for r in (r for r in g['by_depth'] if r['nll']):
             ax.bar(r['depth'], r['nll']['mean'], 0.1 + 0.8 * r['share']['mean'], yerr=r['nll']['sd'] or 0, color='C0', capsize=3)
-            ax.annotate(f'{r["share"]["mean"]:.0%}', (r['depth'], 0), ha='center', va='bottom', fontsize=8)
-        ax.set(xlabel='depth, iterations', ylabel='NLL, nats a token', xticks=range(1, g['n_iter'] + 1))
+        ax.set_xticks([r['depth'] for r in g['by_depth']], [f'{r["depth"]}\n{r["share"]["mean"]:.1%}' for r in g['by_depth']])
+        ax.set(xlabel='depth, iterations; share of the tokens', xlim=(0.4, g['n_iter'] + 0.6))
+        ax.set_ylim(bottom=0)
         ax.set_title(name, fontsize=9)
+    axes[0, 0].set_ylabel('NLL, nats a token')
     return fig
 
 

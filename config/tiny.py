@@ -9,10 +9,11 @@ n_embd = 128
 n_iter = 4
 gate_width = 1           # in a model this small the paper's 4 would cost as much as it saves
 objective = 'saving'     # gates predict what a pass will save; the paper's: objective = 'paper', tau = 1e-4
+ponder_norm = True       # what a pass hands on has a LayerNorm of its own
 tau = 0.01               # the first price of a pass, nats
 ponder_start = '30%'     # until here gates learn and nobody halts
 ponder_full = '45%'
-k_max = 0.37             # of the passes 2 .. 4, the share that shall not run
+k_max = 0.39             # of the passes 2 .. 4, the share that shall not run
 batch_size = 16
 max_steps = 750
 learning_rate = 3e-3

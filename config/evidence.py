@@ -1,5 +1,5 @@
 # The runs behind the results table, two to ten minutes each on a CPU core: config/tiny.py's model, 900 steps in bfloat16. See README, Results.
-# Baselines: --n_iter=1 (Pythia), --halting=False (PonderLM).
+# Baselines: --n_iter=1 (Pythia), --halting=False (fixed depth; PonderLM with --ponder_norm=False).
 out_dir = 'out/evidence'
 data_dir = 'data/stdlib'
 block_size = 192

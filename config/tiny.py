@@ -1,5 +1,5 @@
 # An adaptive-depth model of Python source, byte by byte: about five minutes on two CPU cores.
-# Baselines: --n_iter=1 (Pythia), --halting=False (PonderLM), --feedback=hidden (loop transformer).
+# Baselines: --n_iter=1 (Pythia), --halting=False (fixed depth; PonderLM with --ponder_norm=False), --feedback=hidden (loop transformer).
 out_dir = 'out/tiny'
 data_dir = 'data/stdlib'
 block_size = 192
@@ -13,7 +13,7 @@ ponder_norm = True       # what a pass hands on has a LayerNorm of its own
 tau = 0.01               # the first price of a pass, nats
 ponder_start = '30%'     # until here gates learn and nobody halts
 ponder_full = '45%'
-k_max = 0.39             # of the passes 2 .. 4, the share that shall not run
+k_max = 0.5              # of the passes 2 .. 4, the share that shall not run
 batch_size = 16
 max_steps = 750
 learning_rate = 3e-3

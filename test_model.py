@@ -2256,7 +2256,7 @@ def test_ppl_and_results(tmp_path, capsys):
     assert rows['fixed', 'confidence', 0.2]['nll'] > 0 and ('fixed', 'random', 0.2) not in rows and ('vanilla', 'fixed depth', 'max_iter 1') in rows
     with_3 = rows['trained with 3', 'fixed depth', 'max_iter 3']
     spend = sum(float(three.cfg.inference_flops(3, t + 1)) for t in range(32)) / 32
-    assert abs(with_3['nll'] - float(three(x[:, :-1], x[:, 1:]).ce_loss)) < 1e-5 and abs(with_3['saved'] - (1 - spend / full)) < 1e-9 and ('trained with 3', 'confidence', 0.2) not in rows
+    assert abs(with_3['nll'] - three(x[:, :-1], x[:, 1:]).ce_loss.item()) < 1e-5 and abs(with_3['saved'] - (1 - spend / full)) < 1e-9 and ('trained with 3', 'confidence', 0.2) not in rows
     losses = [float(m(x[:, :-1], x[:, 1:], tau=0.0).ce_loss) for m in (vanilla, fixed)]
     if losses[0] > losses[1]:
         assert abs(own['retained'] - (losses[0] - own['nll']) / (losses[0] - losses[1])) < 1e-3

@@ -520,7 +520,7 @@ class AdaPonderLM(nn.Module):
     @torch.no_grad()
     def early_nll(self, h, targets):
         """The NLL that tokens would have had if they had halted with h. h: (N, d), targets: (N,) or None -> (N,) nats, or None."""
-        return targets if targets is None else CrossEntropy.apply(h, self.unembed.weight, targets, self.chunk)[1]
+        return None if targets is None else CrossEntropy.apply(h, self.unembed.weight, targets, self.chunk)[1]
 
     @property
     def chunk(self):
@@ -872,13 +872,15 @@ class AdaPonderLM(nn.Module):
         folder = path if path.is_dir() else path.parent
         with torch.device('meta'):
             model = cls(config_from_hf(folder / 'config.json', n_iter, overrides)).to(dtype)
-        model.to_empty(device='cpu').init_weights(OWN)
+        model.to_empty(device='cpu').init_weights(OWN_TENSORS)
         params, seen = dict(model.named_parameters()), set()
         files = [(f, hf_to_ours) for f in weight_files(path, ('model.safetensors', 'pytorch_model.bin'))]
         if not files:
             raise FileNotFoundError(f'{folder} has neither model.safetensors nor pytorch_model.bin, nor an index of their shards')
-        if any(n.startswith(OWN) for n in params):
-            files += [(f, str) for f in weight_files(folder, ('gates.safetensors', 'gates.bin'))]
+        if any(n.startswith(OWN_TENSORS) for n in params):
+            parts = {n.split('.')[0] for n in params}
+            files += [(f, lambda n: None if n.startswith(OWN_TENSORS) and n.split('.')[0] not in parts else n)  # gates that halting=False leaves out
+                      for f in weight_files(folder, ('gates.safetensors', 'gates.bin'))]
         for file, rename in files:
             for name, tensor in read_tensors(file):
                 ours = rename(name)
@@ -893,9 +895,9 @@ class AdaPonderLM(nn.Module):
                 params[ours].data.copy_(tensor)
                 seen.add(ours)
         halves = {n.rsplit('.', 2)[0] for n in seen}  # of the gates; one that the folder does not have at all may be new
-        missing = [n for n in params if n not in seen and (not n.startswith(OWN) or n.rsplit('.', 2)[0] in halves)]
+        missing = [n for n in params if n not in seen and (not n.startswith(OWN_TENSORS) or n.rsplit('.', 2)[0] in halves)]
         if missing:
-            names = [n if n.startswith(OWN) else ours_to_hf(n) for n in missing]
+            names = [n if n.startswith(OWN_TENSORS) else ours_to_hf(n) for n in missing]
             raise ValueError(f'{folder} lacks the tensor {", ".join(names[:3])}' + f' and {len(names) - 3} more' * (len(names) > 3))
         return model
 
@@ -922,9 +924,9 @@ class AdaPonderLM(nn.Module):
             written.append(stem + ('.bin' if save is torch.save else '.safetensors'))
             save({n: t.contiguous() for n, t in tensors}, str(path / written[-1]) + '.tmp', **({} if save is torch.save else {'metadata': {'format': 'pt'}}))
         state = self.state_dict().items()
-        write('pytorch_model' if save is torch.save else 'model', [(ours_to_hf(n), t) for n, t in state if not n.startswith(OWN)])
-        if own := [(n, t) for n, t in state if n.startswith(OWN)]:
-            write('gates', own)
+        write('pytorch_model' if save is torch.save else 'model', [(ours_to_hf(n), t) for n, t in state if not n.startswith(OWN_TENSORS)])
+        if beside := [(n, t) for n, t in state if n.startswith(OWN_TENSORS)]:
+            write('gates', beside)
         written.append('config.json')
         (path / 'config.json.tmp').write_text(json.dumps(config, indent=2))
         for name in written:
@@ -936,7 +938,7 @@ class AdaPonderLM(nn.Module):
 
 # Hugging Face's names of our settings and tensors; the layouts are the same, fused QKV included
 
-OWN = ('gates.', 'ln_ponder.')  # tensors that GPT-NeoX does not have
+OWN_TENSORS = ('gates.', 'ln_ponder.')  # tensors that GPT-NeoX does not have
 HF_CONFIG = dict(vocab_size='vocab_size', block_size='max_position_embeddings', n_layer='num_hidden_layers', n_head='num_attention_heads',
                  n_embd='hidden_size', rotary_pct='rotary_pct', rotary_base='rotary_emb_base', norm_eps='layer_norm_eps')
 HF_NAMES = [('embed.', 'gpt_neox.embed_in.'), ('unembed.', 'embed_out.'), ('ln_f.', 'gpt_neox.final_layer_norm.'), ('blocks.', 'gpt_neox.layers.'),

@@ -68,7 +68,7 @@ class TrainConfig:
     ponder_full: Duration = '70%'     # S1: k has risen from 0 at S0 to k_max here
     k_max: float = 0.4                # fraction of all gate values under pressure; objective 'saving': the share of gated iterations that shall not run
     ponder_lambda: float = 0.1        # weight of the ponder loss
-    explore: float = 0.1              # objective 'saving': share of the training tokens that run all iterations, to show what halting costs; falls to this from S0 to S1
+    explore: float = 0.1              # objective 'saving': share of the training tokens that run all iterations, to show what halting costs; until S0 all, from S1 on this
     freeze_backbone: Duration = 0     # from S0 on, train the gates alone for this long
     # optimisation
     batch_size: int = 16              # sequences a micro-batch
@@ -351,8 +351,9 @@ def main(argv):
     S0, S1, freeze, warmup, eval_interval, ckpt_interval = (
         in_steps(name, getattr(cfg, name), tokens_per_step, max_steps)
         for name in ('ponder_start', 'ponder_full', 'freeze_backbone', 'warmup', 'eval_interval', 'ckpt_interval'))
-    if cfg.halting and cfg.n_iter > 1 and S1 < S0 < max_steps:
-        raise UsageError(f'ponder_full (step {S1}) lies before ponder_start (step {S0}): k would jump to k_max at once')
+    act = S0 + freeze * (cfg.objective == 'saving')  # the step from which gates act: those that predict learn before
+    if cfg.halting and cfg.n_iter > 1 and S1 < act < max_steps:
+        raise UsageError(f'ponder_full (step {S1}) lies before ponder_start{" + freeze_backbone" * (act > S0)} (step {act}): k would jump to k_max at once')
 
     # data; the default set is made once, while the other processes wait for the group
     data_dir, out_dir = Path(cfg.data_dir), Path(cfg.out_dir)
@@ -458,7 +459,6 @@ def main(argv):
         model.backbone = torch.compile(model.backbone)  # one graph, used by all iterations
 
     saving = bool(model.gates) and model.cfg.objective == 'saving'
-    act = S0 + freeze if saving else S0  # gates that predict learn before they act
 
     def phase(step):
         """What learns at this step: gates that neither act nor learn yet stay out of the optimizer and of DDP's buckets."""

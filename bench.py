@@ -441,7 +441,7 @@ def ppl(a):
             fail(f'{path} has another vocabulary or block_size than {a.ckpt}: they cannot be compared')
         kinds = [k for k in POLICIES if k in a.policies and (m.cfg.halting or k not in ('learned', 'random'))]  # these two need gates
         if path != a.ckpt:
-            kinds = [k for k in kinds if k in ('confidence', 'convergence') and name == 'fixed']
+            kinds = [k for k in kinds if k in ('confidence', 'convergence')] if name == 'fixed' else []
         mine, own = at_equal_flops(m, x, calib, a, kinds, full)
         rows += [dict(model=name, **r) for r in mine]
         runs[name] = dict(ckpt=str(path), params=sum(p.numel() for p in m.parameters()), n_iter=m.cfg.n_iter, **own)
@@ -502,8 +502,8 @@ def summary(runs):
     depths = [dict(depth=d, **{f: mean_of([r.get(f) for r in same]) for f in ('share', 'nll', 'nobody_halts', 'first_iteration')})
               for d, same in enumerate(zip(*(run['by_depth'] for run in mine)), 1)]
     natural = [(name, f'max_iter {run["n_iter"]}') for name, run in runs[0]['runs'].items() if name not in ('adaptive', 'vanilla', 'vanilla longer', 'fixed')]
-    return dict(seeds=[run['train_config'].get('seed') for run in runs], others=[r for r in rows if (r['model'], r['dial']) in natural], data=runs[0]['data'], n_iter=runs[0]['config']['n_iter'], tokens=runs[0]['tokens'],
-                train_flops={name: run.get('train_flops') for name, run in runs[0]['runs'].items()}, rows=rows, by_depth=depths,
+    return dict(seeds=[run['train_config'].get('seed') for run in runs], data=runs[0]['data'], n_iter=runs[0]['config']['n_iter'], tokens=runs[0]['tokens'],
+                others=[r for r in rows if (r['model'], r['dial']) in natural], train_flops={name: run.get('train_flops') for name, run in runs[0]['runs'].items()}, rows=rows, by_depth=depths,
                 spearman=mean_of([run['spearman'][0] for run in mine]))
 
 

@@ -386,6 +386,7 @@ def test_compiled_decoding_writes_the_same():
     want = [(s.seq, s.token, s.depth) for s in m.stream(prompts, 12, slots=2, temperature=0)]
     assert len({d for _, _, d in want}) > 1
     assert [(s.seq, s.token, s.depth) for s in m.compile_decoding().stream(prompts, 12, slots=2, temperature=0)] == want
+    assert m.fused is not None
 
 
 @torch.no_grad()
@@ -891,6 +892,9 @@ def test_save_pretrained_keeps_every_bit(tmp_path, monkeypatch):
                 assert (tmp_path / 'pytorch_model.bin').exists() == absent == (not (tmp_path / 'model.safetensors').exists())
                 assert any((tmp_path / n).exists() for n in ('gates.bin', 'gates.safetensors')) == (m.cfg.halting and m.cfg.n_iter > 1 or m.cfg.ponder_norm) and not list(tmp_path.glob('*.tmp'))
             assert back.cfg == m.cfg and list(back.state_dict()) == list(m.state_dict())
+            if m.gates:  # the same network at fixed depth
+                fixed = AdaPonderLM.from_pretrained(tmp_path, dtype=dtype, halting=False).state_dict()
+                assert set(m.state_dict()) - set(fixed) == {n for n in m.state_dict() if n.startswith('gates.')} and all(torch.equal(t, m.state_dict()[n]) for n, t in fixed.items())
             assert all(torch.equal(a, b) and a.dtype == b.dtype == dtype for a, b in zip(m.state_dict().values(), back.state_dict().values()))
             hf = transformers.GPTNeoXForCausalLM.from_pretrained(tmp_path, dtype='auto')
             assert hf.dtype == dtype and hf.config.layer_norm_eps == m.cfg.norm_eps
@@ -1958,6 +1962,7 @@ def test_disk_full_costs_one_checkpoint(trained, tmp_path, capsys):
     (dict(dtype='float16'), "dtype must be 'auto', 'float32' or 'bfloat16', not 'float16'"), (dict(batch_size=0), 'must be at least 1'),
     (dict(execution='packed', objective='paper'), "or 'packed' with another objective"), (dict(k_max=1.5), 'k_max and explore must lie in 0 .. 1'), (dict(explore=-0.1), 'k_max and explore must lie in 0 .. 1'),
     (dict(ponder_start=12, ponder_full=6), 'ponder_full (step 6) lies before ponder_start (step 12)'),
+    (dict(objective='saving', freeze_backbone=9), 'ponder_full (step 12) lies before ponder_start + freeze_backbone (step 15)'),
     (dict(n_embd=17), 'n_embd (17) must be divisible by n_head (2)'), (dict(objective='some'), 'objective must be'), (dict(vocab_size=200), 'the data has 257 token ids'),
     (dict(init_from='nowhere.pt'), 'no checkpoint at nowhere.pt'), (dict(init_from='./nowhere'), 'no folder ./nowhere'), (dict(block_size=600), 'val split of'),
     (dict(data_dir='data/pile'), 'no data in data/pile: make it with "python prepare_data.py PATH ... --tokenizer TOKENIZER --out data/pile"')])

@@ -326,15 +326,20 @@ def retained(vanilla, nll, fixed):
     return (vanilla - nll) / (vanilla - fixed)
 
 
-def windows(a, folder, model, state):
-    """Windows of the val split, spread evenly over it and dealt out: (n, T + 1) to measure on, (m, T + 1) to set thresholds on."""
+def val_split(a, folder, model, state, length):
+    """The val split of a prepared folder in windows of length + 1 tokens, if it is of the model's tokenizer."""
     if not (Path(folder) / 'meta.json').is_file():
         fail(f'no data in {folder}: give --data, a folder that prepare_data.py made')
     meta = json.loads((Path(folder) / 'meta.json').read_text())
     if state.get('meta', meta)['tokenizer_sha256'] != meta['tokenizer_sha256'] or meta['vocab_size'] > model.cfg.vocab_size:
         fail(f'the data in {folder} was made with another tokenizer than {a.ckpt} was trained on')
+    return Windows(folder, meta, 'val', length, model.cfg.vocab_size)
+
+
+def windows(a, folder, model, state):
+    """Windows of the val split, spread evenly over it and dealt out: (n, T + 1) to measure on, (m, T + 1) to set thresholds on."""
     T = model.cfg.block_size
-    val = Windows(folder, meta, 'val', T, model.cfg.vocab_size)
+    val = val_split(a, folder, model, state, T)
     n, m = max(2, a.eval_tokens // T), max(2, a.calib_tokens // T)
     if n + m > val.n:
         n = max(1, round(val.n * n / (n + m)))
@@ -346,8 +351,8 @@ def windows(a, folder, model, state):
     return x[np.setdiff1d(np.arange(n + m), other)], x[other]
 
 
-def at_equal_flops(model, x, calib, a, kinds, full):
-    """One checkpoint on windows x under every kind of policy, over the dial. full: FLOPs a token of fixed depth.
+def at_equal_flops(model, x, calib, a, kinds, dials, full):
+    """One checkpoint on windows x under every kind of policy, at every dial: 'own' or the share of `full`, FLOPs a token of fixed depth, to save.
 
     Returns the rows of ppl()'s table, each with the mean NLL of every window, and what the checkpoint did at its own tau.
     """
@@ -366,7 +371,7 @@ def at_equal_flops(model, x, calib, a, kinds, full):
     scores = {k: torch.zeros(len(calib), T, K - 1, dtype=torch.float64) for k in kinds if k in SCORES and K > 1}
     for kind in scores:  # where nobody halts
         measure(model, calib, a, above(SCORES[kind](model), into=scores[kind]))
-    for dial in tqdm((['own'] if cfg.halting else []) + a.save if K > 1 else [], desc='dial', leave=False):
+    for dial in tqdm(dials if K > 1 else [], desc='dial', leave=False):
         # 'own' is what the checkpoint does by itself, then the other policies at its FLOPs
         target = float(spent(cost, measure(model, calib, a)[0]).mean()) if dial == 'own' else (1 - dial) * full
         learned = None
@@ -408,16 +413,19 @@ def by_depth(depth, nll, levels):
     return dict(by_depth=rows, spearman=[spearman(depth.flatten().numpy(), s.flatten().numpy()) for s in saving.unbind(-1)])
 
 
-def over_learned(rows, K):
-    """Gives each row its NLL over that of the learned gates at exactly its FLOPs, on their curve from tau = 1 to 0, with a paired standard error."""
-    curve = sorted((r['flops'], r['windows']) for r in rows
-                   if r['policy'] == 'learned' or (r['model'] == 'adaptive' and r['dial'] in ('max_iter 1', f'max_iter {K}')))
-    for r in rows:
-        if curve and r['policy'] not in ('learned', 'fixed depth') and curve[0][0] <= r['flops'] <= curve[-1][0]:
-            j = max(1, next(j for j, (f, _) in enumerate(curve) if f >= r['flops']))
-            (f0, w0), (f1, w1) = curve[j - 1:j + 1]
-            ours = w0 + (w1 - w0) * (r['flops'] - f0) / (f1 - f0)
-            r.update(over_learned=float(r['nll'] - ours.mean()), over_learned_se=spread(lambda x, y: x - y, r['windows'], ours))
+def over_learned(rows):
+    """Gives each row its NLL over that of the same checkpoint's learned gates (of 'fixed': of the adaptive one's) at exactly its FLOPs, on their
+    curve from tau = 1 to 0, with a paired standard error."""
+    for name in {r['model'] for r in rows if r['policy'] == 'learned'}:
+        first, *_, last = (r for r in rows if (r['model'], r['policy']) == (name, 'fixed depth'))
+        learned = [r for r in rows if (r['model'], r['policy']) == (name, 'learned')]
+        curve = sorted(((r['flops'], r['windows']) for r in [first, last] + learned), key=lambda point: point[0])
+        for r in rows:
+            if r['model'] in (name, *(['fixed'] if name == 'adaptive' else [])) and r['policy'] not in ('learned', 'fixed depth') and curve[0][0] <= r['flops'] <= curve[-1][0]:
+                j = max(1, next(j for j, (f, _) in enumerate(curve) if f >= r['flops']))
+                (f0, w0), (f1, w1) = curve[j - 1:j + 1]
+                ours = w0 + (w1 - w0) * (r['flops'] - f0) / (f1 - f0)
+                r.update(over_learned=float(r['nll'] - ours.mean()), over_learned_se=spread(lambda x, y: x - y, r['windows'], ours))
 
 
 def ppl(a):
@@ -440,9 +448,12 @@ def ppl(a):
         if (m.cfg.vocab_size, m.cfg.block_size) != (cfg.vocab_size, cfg.block_size):
             fail(f'{path} has another vocabulary or block_size than {a.ckpt}: they cannot be compared')
         kinds = [k for k in POLICIES if k in a.policies and (m.cfg.halting or k not in ('learned', 'random'))]  # these two need gates
-        if path != a.ckpt:
-            kinds = [k for k in kinds if k in ('confidence', 'convergence')] if name == 'fixed' else []
-        mine, own = at_equal_flops(m, x, calib, a, kinds, full)
+        dials = ['own'] * m.cfg.halting + a.save
+        if path != a.ckpt and name == 'fixed':
+            kinds, dials = [k for k in kinds if k in ('confidence', 'convergence')], a.save
+        elif path != a.ckpt:  # as it was trained
+            dials = ['own'] * m.cfg.halting
+        mine, own = at_equal_flops(m, x, calib, a, kinds, dials, full)
         rows += [dict(model=name, **r) for r in mine]
         runs[name] = dict(ckpt=str(path), params=sum(p.numel() for p in m.parameters()), n_iter=m.cfg.n_iter, **own)
         if 'step' in st:
@@ -450,7 +461,7 @@ def ppl(a):
             tokens = st['step'] * t['batch_size'] * t['gradient_accumulation_steps'] * t['block_size']
             forward = m.cfg.inference_flops(m.cfg.n_iter, (t['block_size'] + 1) / 2)
             runs[name].update(seed=t['seed'], train_tokens=tokens, train_flops=3 * tokens * forward)
-    over_learned(rows, cfg.n_iter)
+    over_learned(rows)
     whole = {r['model']: r['windows'] for r in rows if r['dial'] == f'max_iter {runs[r["model"]]["n_iter"]}'}
     gain = float((whole['vanilla'] - whole['fixed']).mean()) if {'vanilla', 'fixed'} <= set(whole) else None
     for r in rows:
@@ -498,13 +509,14 @@ def summary(runs):
     rows = [dict(zip(('model', 'policy', 'dial'), key), **{f: mean_of([rows[key].get(f) for rows in keyed])
                  for f in ('flops', 'saved', 'depth', 'nll', 'ppl', 'over_learned', 'retained')})
             for key in keyed[0] if all(key in rows for rows in keyed)]
-    mine = [run['runs']['adaptive'] for run in runs if 'by_depth' in run['runs'].get('adaptive', {})]
-    depths = [dict(depth=d, **{f: mean_of([r.get(f) for r in same]) for f in ('share', 'nll', 'nobody_halts', 'first_iteration')})
-              for d, same in enumerate(zip(*(run['by_depth'] for run in mine)), 1)]
-    natural = [(name, f'max_iter {run["n_iter"]}') for name, run in runs[0]['runs'].items() if name not in ('adaptive', 'vanilla', 'vanilla longer', 'fixed')]
+    def depths(name):
+        return [dict(model=name, depth=d, **{f: mean_of([r.get(f) for r in same]) for f in ('share', 'nll', 'nobody_halts', 'first_iteration')})
+                for d, same in enumerate(zip(*(run['runs'][name]['by_depth'] for run in runs)), 1)]
+    gated = [name for name in runs[0]['runs'] if all('by_depth' in run['runs'].get(name, {}) for run in runs)]
+    natural = [(name, *(('learned', 'own') if name in gated else ('fixed depth', f'max_iter {run["n_iter"]}'))) for name, run in runs[0]['runs'].items() if name not in ('adaptive', 'vanilla', 'vanilla longer', 'fixed')]
     return dict(seeds=[run['train_config'].get('seed') for run in runs], data=runs[0]['data'], n_iter=runs[0]['config']['n_iter'], tokens=runs[0]['tokens'],
-                others=[r for r in rows if (r['model'], r['dial']) in natural], train_flops={name: run.get('train_flops') for name, run in runs[0]['runs'].items()}, rows=rows, by_depth=depths,
-                spearman=mean_of([run['spearman'][0] for run in mine]))
+                others=[r for r in rows if (r['model'], r['policy'], r['dial']) in natural], train_flops={name: run.get('train_flops') for name, run in runs[0]['runs'].items()}, rows=rows,
+                by_depth=[row for name in gated for row in depths(name)], spearman={name: mean_of([run['runs'][name]['spearman'][0] for run in runs]) for name in gated})
 
 
 def results(a):
@@ -531,24 +543,25 @@ def results(a):
     head, dials, depths, others = [], [], [], []
     rivals = [('adaptive', p) for p in POLICIES[1:]] + [('fixed', p) for p in ('confidence', 'convergence')]
     for name, g in groups.items():
-        def learned(dial, **forms):
-            return [get(g, 'adaptive', 'learned', dial, f, form) for f, form in forms.items()]
+        def learned(dial, model='adaptive', **forms):
+            return [get(g, model, 'learned', dial, f, form) for f, form in forms.items()]
         head.append([name, str(len(g['seeds'])), *(get(g, m, 'fixed depth', f'max_iter {d}', 'ppl', '{:.3f}')
                      for m, d in (('vanilla', 1), ('vanilla longer', 1), ('fixed', g['n_iter']))),
-                     *learned('own', ppl='{:.3f}', depth='{:.2f}', saved='{:.1%}', retained='{:.1%}'), show(g['spearman'], '{:.3f}')])
-        dials += [[name, 'own tau' if r['dial'] == 'own' else f'save {r["dial"]:.0%}', *learned(r['dial'], saved='{:.1%}', nll='{:.4f}', retained='{:.1%}'),
-                   *(get(g, m, p, r['dial'], 'over_learned', '{:+.4f}') for m, p in rivals)] for r in g['rows'] if r['policy'] == 'learned']
-        depths += [[name, str(r['depth']), show(r['share'], '{:.1%}'), *(show(r[f], '{:.3f}') for f in ('nll', 'nobody_halts', 'first_iteration'))]
+                     *learned('own', ppl='{:.3f}', depth='{:.2f}', saved='{:.1%}', retained='{:.1%}'), show(g['spearman'].get('adaptive'), '{:.3f}')])
+        dials += [[name, r['model'], 'own tau' if r['dial'] == 'own' else f'save {r["dial"]:.0%}', *learned(r['dial'], r['model'], saved='{:.1%}', nll='{:.4f}', retained='{:.1%}'),
+                   *(get(g, m.replace('adaptive', r['model']), p, r['dial'], 'over_learned', '{:+.4f}') for m, p in rivals)] for r in g['rows'] if r['policy'] == 'learned']
+        depths += [[name, r['model'], str(r['depth']), show(r['share'], '{:.1%}'), *(show(r[f], '{:.3f}') for f in ('nll', 'nobody_halts', 'first_iteration'))]
                    for r in g['by_depth']]
-        others += [[name, r['model'], *(show(r[f], form) for f, form in (('saved', '{:.1%}'), ('nll', '{:.4f}'), ('ppl', '{:.3f}'), ('retained', '{:.1%}')))] for r in g['others']]
+        others += [[name, r['model'], *(show(r[f], form) for f, form in (('saved', '{:.1%}'), ('nll', '{:.4f}'), ('ppl', '{:.3f}'), ('retained', '{:.1%}'))),
+                    show(g['spearman'].get(r['model']), '{:.3f}')] for r in g['others']]
     text = ('Mean ± standard deviation over seeds; NLL in nats a token; saved: inference FLOPs against fixed depth without gates.\n\n'
             + markdown(['setting', 'seeds', 'ppl n_iter=1', 'n_iter=1, longer', 'fixed depth', 'adaptive', 'mean depth', 'saved', 'gain kept',
                         'rank correlation'], head)
             + '\nThe learned gates over the dial, and by how much the NLL of each other policy is above theirs at the same FLOPs:\n\n'
-            + markdown(['setting', 'dial', 'saved', 'NLL', 'gain kept'] + [p + ', fixed depth' * (m == 'fixed') for m, p in rivals], dials)
+            + markdown(['setting', 'model', 'dial', 'saved', 'NLL', 'gain kept'] + [p + ', fixed depth' * (m == 'fixed') for m, p in rivals], dials)
             + '\nTokens by the depth at which they halt:\n\n'
-            + markdown(['setting', 'depth', 'share', 'NLL', 'NLL if nobody halts', 'NLL after iteration 1'], depths)
-            + ('\nOther models, as they were trained:\n\n' + markdown(['setting', 'model', 'saved', 'NLL', 'ppl', 'gain kept'], others) if others else ''))
+            + markdown(['setting', 'model', 'depth', 'share', 'NLL', 'NLL if nobody halts', 'NLL after iteration 1'], depths)
+            + ('\nOther models, as they were trained:\n\n' + markdown(['setting', 'model', 'saved', 'NLL', 'ppl', 'gain kept', 'rank correlation'], others) if others else ''))
     print(text)
     write(Path(a.out) / 'results.md', text)
     write(Path(a.out) / 'results.json', json.dumps(groups, indent=1))
@@ -572,14 +585,14 @@ def draw_iso_flops(plt, groups):
         for model, policy in dict.fromkeys((r['model'], r['policy']) for r in g['rows'] if r['policy'] != 'fixed depth'):
             points = sorted((100 * r['saved']['mean'], r['nll']['mean'], (r['over_learned'] or {}).get('sd') or 0)
                             for r in g['rows'] if (r['model'], r['policy']) == (model, policy) and r['dial'] != 'own')
-            if points:
+            if points and model in ('adaptive', 'fixed'):
                 ours, colour = model == 'adaptive', 'black' if policy == 'learned' else f'C{POLICIES.index(policy)}'
                 ax.errorbar(*zip(*points), label=policy + ' on fixed depth' * (model == 'fixed'), color=colour,
                             lw=2.2 if policy == 'learned' else 1.1, marker='o' if ours else 'x', ms=4, ls='-' if ours else ':', capsize=2)
-        for r in g['rows']:
-            if (r['policy'], r['dial']) == ('learned', 'own'):
-                ax.plot(100 * r['saved']['mean'], r['nll']['mean'], '*', color='black', ms=13, label='trained tau')
-        for n, r in enumerate(g['others']):
+        trained = sorted((100 * r['saved']['mean'], r['nll']['mean']) for r in g['rows'] if (r['policy'], r['dial']) == ('learned', 'own'))
+        if trained:
+            ax.plot(*zip(*trained), '*--', color='black', lw=1, ms=13, label='learned, trained for this budget')
+        for n, r in enumerate(r for r in g['others'] if r['policy'] != 'learned'):
             ax.plot(100 * r['saved']['mean'], r['nll']['mean'], 's^vD'[n % 4], color='grey', ms=6, label=r['model'])
         ax.set(xlabel=f'inference FLOPs saved against fixed depth {g["n_iter"]}, %', ylabel='validation NLL, nats a token')
         ax.set_title(name, fontsize=9)
@@ -594,9 +607,10 @@ def draw_by_depth(plt, groups):
     """Mean NLL of the tokens that halted at each depth; the width of a bar is their share."""
     fig, axes = plt.subplots(1, len(groups), figsize=(4 * len(groups), 3.4), squeeze=False)
     for ax, (name, g) in zip(axes[0], groups.items()):
-        for r in (r for r in g['by_depth'] if r['nll']):
+        rows = [r for r in g['by_depth'] if r['model'] == 'adaptive']
+        for r in (r for r in rows if r['nll']):
             ax.bar(r['depth'], r['nll']['mean'], 0.1 + 0.8 * r['share']['mean'], yerr=r['nll']['sd'] or 0, color='C0', capsize=3)
-        ax.set_xticks([r['depth'] for r in g['by_depth']], [f'{r["depth"]}\n{r["share"]["mean"]:.1%}' for r in g['by_depth']])
+        ax.set_xticks([r['depth'] for r in rows], [f'{r["depth"]}\n{r["share"]["mean"]:.1%}' for r in rows])
         ax.set(xlabel='depth, iterations; share of the tokens', xlim=(0.4, g['n_iter'] + 0.6))
         ax.set_ylim(bottom=0)
         ax.set_title(name, fontsize=9)
@@ -608,9 +622,9 @@ def draw_by_depth(plt, groups):
 
 def model_of(a, path):
     if not path.endswith('.py'):
-        return load(path, a)[0]
+        return load(path, a)
     torch.manual_seed(a.seed)
-    return AdaPonderLM(shape_of(path)[0]).to(a.device).eval().requires_grad_(False)
+    return AdaPonderLM(shape_of(path)[0]).to(a.device).eval().requires_grad_(False), {}
 
 
 @torch.inference_mode()
@@ -650,7 +664,7 @@ def flops(a):
         counted = None
         if params <= a.count_below:
             n = min(a.count_tokens, cfg.block_size)
-            seen, formula, depth = count(model_of(a, path), n, 0.5)
+            seen, formula, depth = count(model_of(a, path)[0], n, 0.5)
             counted = dict(tokens=n, depth=float(depth.double().mean()), seen=seen, formula=formula)
             ratio = {k: seen[k] / formula[k] for k in seen}
             print(f'Counted in a packed pass over {n} tokens, mean depth {counted["depth"]:.2f}: matrix products {seen["products"] / 1e6:.2f} M, '
@@ -772,11 +786,12 @@ def race(case, variants, rounds):
 
 
 def speed(a):
-    """The clock: fixed depth against adaptive on the same weights under a forced share of halting, each time ratio beside its FLOP ratio."""
+    """The clock: fixed depth against adaptive on the same weights, each time ratio beside its FLOP ratio. A share of halting is forced; with --data the model's own gates run too."""
     if bool(a.ckpt) == bool(a.config):
         fail('give --config or --ckpt')
     torch.set_num_threads(a.threads or torch.get_num_threads())
-    model = model_of(a, a.ckpt or a.config).to(getattr(torch, a.dtype))
+    model, state = model_of(a, a.ckpt or a.config)
+    model = model.to(getattr(torch, a.dtype))
     cfg, K, rows = model.cfg, model.cfg.n_iter, []
     longest = max(a.prefill * bool({'prefill', 'attention', 'train'} & set(a.cases)), a.prompt + a.new + a.new // 2 + 8)
     if K == 1 or not cfg.halting or longest > cfg.block_size:
@@ -786,14 +801,18 @@ def speed(a):
         m.compile_decoding()
     rng = np.random.default_rng(a.seed)
 
-    def text(*shape):
-        return torch.from_numpy(rng.integers(0, cfg.vocab_size, shape)).to(a.device)
+    def text(n, length):  # (n, length)
+        if a.data:
+            val = val_split(a, a.data, model, state, length)
+            return val.batch(np.linspace(0, val.n - 1, n + 2)[1:-1].round().astype(int) * length)[:, :length].to(a.device)
+        return torch.from_numpy(rng.integers(0, cfg.vocab_size, (n, length))).to(a.device)
 
     def whole(fn, tokens=a.new):
         return lambda: dict(seconds=seconds(fn, a.device)[0], tokens=tokens)
-    policies = {f'adaptive, {share:.0%} halted': forced(share, K) for share in a.share}
+    policies = {'adaptive': None} if a.data else {}
+    policies |= {f'adaptive, {share:.0%} halted': forced(share, K) for share in a.share}
     if 'prefill' in a.cases:
-        x = text(1, a.prefill)
+        x = text(a.rows, a.prefill)
         rows += race(f'prefill {a.prefill}', {
             'fixed, dense': lambda: time_prefill(fixed, x), 'fixed, packed': lambda: time_prefill(fixed, x, execution='packed'),
             **{name: lambda p=p: time_prefill(model, x, execution='packed', policy=p) for name, p in policies.items()}}, a.rounds)
@@ -1147,7 +1166,9 @@ def main(argv=None):
     arg('--config', help='a config file: random weights in its shape')
     arg('--cases', nargs='+', choices=(every := ('prefill', 'attention', 'decode', 'nocache', 'transformers', 'train')), default=every[:-1])
     arg('--share', nargs='*', type=float, default=[0.0, 0.25, 0.5, 0.75], help='of the (token, iteration 2 .. K) pairs that do not run')
+    arg('--data', help='a folder of prepare_data.py: its val split instead of random tokens')
     arg('--prefill', type=int, default=1024, help='tokens')
+    arg('--rows', type=int, default=1, help='prompts to prefill at a time')
     arg('--compile', action='store_true', help='torch.compile the decoding')
     arg('--batch', nargs='*', type=int, default=[1, 8, 32, 128], help='slots')
     arg('--prompt', type=int, default=64, help='tokens of a prompt to decode from')

@@ -2231,16 +2231,19 @@ def test_statistics():
     assert abs(bench.retained(2.0, 1.75, 1.5) - 0.5) < 1e-12
     assert bench.mean_of([1.0, None, 3.0]) == dict(mean=2.0, sd=math.sqrt(2)) and bench.mean_of([None]) is None and bench.mean_of([4.0])['sd'] is None
     rows = [dict(model='adaptive', policy=p, dial=d, flops=f, nll=float(np.mean(n)), windows=np.array(n)) for p, d, f, n in (
-        ('learned', 'own', 10.0, [1.0, 3.0]), ('fixed depth', 'max_iter 4', 20.0, [0.0, 2.0]), ('fixed depth', 'max_iter 2', 12.0, [9.0, 9.0]),
-        ('random', 'own', 15.0, [2.0, 4.0]), ('random', 0.9, 5.0, [2.0, 4.0]))]
-    bench.over_learned(rows, 4)
-    assert abs(rows[3]['over_learned'] - 1.5) < 1e-12 and rows[3]['over_learned_se'] < 1e-12 and not any('over_learned' in r for r in rows[:3] + rows[4:])
+        ('learned', 'own', 10.0, [1.0, 3.0]), ('fixed depth', 'max_iter 1', 4.0, [8.0, 8.0]), ('fixed depth', 'max_iter 2', 12.0, [9.0, 9.0]), ('fixed depth', 'max_iter 4', 20.0, [0.0, 2.0]),
+        ('random', 'own', 15.0, [2.0, 4.0]), ('random', 0.9, 3.0, [2.0, 4.0]))]
+    rows += [{**r, 'model': 'another', 'nll': r['nll'] + (shift := 0.5 * (r['policy'] == 'learned')), 'windows': r['windows'] + shift} for r in rows]
+    bench.over_learned(rows)
+    for at, want in ((4, 1.5), (10, 1.25)):  # each against its own learned gates
+        assert abs(rows[at]['over_learned'] - want) < 1e-12 and rows[at]['over_learned_se'] < 1e-12
+    assert not any('over_learned' in r for i, r in enumerate(rows) if i not in (4, 10))
 
 
 def test_ppl_and_results(tmp_path, capsys):
-    adaptive, fixed, vanilla, three = tiny(torch.float32), tiny(torch.float32, seed=1, halting=False), tiny(torch.float32, seed=2, n_iter=1), tiny(torch.float32, seed=3, halting=False, n_iter=3)
-    ckpt, fix, van, thr = (bench_run(tmp_path, n, m, tmp_path / 'data') for n, m in (('a.pt', adaptive), ('f.pt', fixed), ('v.pt', vanilla), ('t.pt', three)))
-    argv = ['ppl', '--ckpt', ckpt, '--fixed', fix, '--vanilla', van, '--others', f'trained with 3={thr}', '--save', 0.2, 0.5, '--eval_tokens', 1000, '--calib_tokens', 400, '--json', tmp_path / 'one.json']
+    adaptive, fixed, vanilla, three, cheap = tiny(torch.float32), tiny(torch.float32, seed=1, halting=False), tiny(torch.float32, seed=2, n_iter=1), tiny(torch.float32, seed=3, halting=False, n_iter=3), tiny(torch.float32, seed=4)
+    ckpt, fix, van, thr, che = (bench_run(tmp_path, n, m, tmp_path / 'data') for n, m in (('a.pt', adaptive), ('f.pt', fixed), ('v.pt', vanilla), ('t.pt', three), ('c.pt', cheap)))
+    argv = ['ppl', '--ckpt', ckpt, '--fixed', fix, '--vanilla', van, '--others', f'trained with 3={thr}', f'cheap={che}', '--save', 0.2, 0.5, '--eval_tokens', 1000, '--calib_tokens', 400, '--json', tmp_path / 'one.json']
     got, text = run_bench(capsys, *argv)
     adaptive, fixed, vanilla = (m.requires_grad_(False) for m in (adaptive, fixed, vanilla))
     meta = json.loads((tmp_path / 'data' / 'meta.json').read_text())
@@ -2262,6 +2265,9 @@ def test_ppl_and_results(tmp_path, capsys):
     with_3 = rows['trained with 3', 'fixed depth', 'max_iter 3']
     spend = sum(float(three.cfg.inference_flops(3, t + 1)) for t in range(32)) / 32
     assert abs(with_3['nll'] - three(x[:, :-1], x[:, 1:]).ce_loss.item()) < 1e-5 and abs(with_3['saved'] - (1 - spend / full)) < 1e-9 and ('trained with 3', 'confidence', 0.2) not in rows
+    out = cheap(x[:, :-1], x[:, 1:])  # an adaptive one too is measured as it was trained, beside others at its own FLOPs
+    assert abs(rows['cheap', 'learned', 'own']['nll'] - out.ce_loss.item()) < 1e-5 and ('cheap', 'random', 'own') in rows and ('cheap', 'learned', 0.2) not in rows
+    assert [d['share'] for d in got['runs']['cheap']['by_depth']] == [float((out.depth == d).double().mean()) for d in (1, 2, 3, 4)]
     losses = [float(m(x[:, :-1], x[:, 1:], tau=0.0).ce_loss) for m in (vanilla, fixed)]
     if losses[0] > losses[1]:
         assert abs(own['retained'] - (losses[0] - own['nll']) / (losses[0] - losses[1])) < 1e-3
@@ -2278,7 +2284,8 @@ def test_ppl_and_results(tmp_path, capsys):
     group, = json.loads((tmp_path / 'assets' / 'results.json').read_text()).values()
     mean = next(r for r in group['rows'] if (r['model'], r['policy'], r['dial']) == ('adaptive', 'learned', 'own'))['nll']
     assert abs(mean['mean'] - own['nll'] - 0.1) < 1e-9 and abs(mean['sd'] - 0.2 / math.sqrt(2)) < 1e-9 and len(group['seeds']) == 2
-    assert [(r['model'], round(r['nll']['mean'] - with_3['nll'], 9)) for r in group['others']] == [('trained with 3', 0.1)]
+    assert [(r['model'], round(r['nll']['mean'] - with_3['nll'], 9)) for r in group['others'] if r['policy'] == 'fixed depth'] == [('trained with 3', 0.1)]
+    assert [r['dial'] for r in group['others'] if r['model'] == 'cheap'] == ['own'] and {r['model'] for r in group['by_depth']} == {'adaptive', 'cheap'} == set(group['spearman'])
     assert f'{mean["mean"]:.4f} ± 0.1414' in (tmp_path / 'assets' / 'results.md').read_text()
     assert (tmp_path / 'assets' / 'isoflops.png').exists() == ('no pictures' not in capsys.readouterr().out)
 
@@ -2333,6 +2340,24 @@ def test_speed_counts_what_it_times(tmp_path, capsys):
     order = []
     rows = bench.race('case', {n: (lambda n=n: order.append(n) or dict(seconds=dict(A=2.0, B=3.0)[n], tokens=4, flops=dict(A=8.0, B=4.0)[n])) for n in 'AB'}, 2)
     assert order == list('ABABAB') and rows[1]['time_ratio'] == [1.5] * 3 and rows[1]['flop_ratio'] == 0.5 and rows[1]['ms_per_token'] == [750.0] * 3
+
+
+def test_speed_of_a_checkpoint_on_its_own_text(tmp_path, capsys):
+    m = tiny(torch.float32)
+    ckpt = bench_run(tmp_path, 'a.pt', m, tmp_path / 'data')
+    got, _ = run_bench(capsys, 'speed', '--ckpt', ckpt, '--data', tmp_path / 'data', '--prefill', 24, '--rows', 5, '--prompt', 6, '--new', 4, '--batch', 2, '--rounds', 1, '--share',
+                       '--cases', 'prefill', 'decode', '--json', tmp_path / 's.json')
+    rows = {(r['case'], r['variant']): r for r in got['rows']}
+    assert {v for _, v in rows} == {'fixed', 'fixed, dense', 'fixed, packed', 'adaptive'}
+    val = np.fromfile(tmp_path / 'data/val.bin', np.uint16).astype(np.int64)
+
+    def windows(n, length):  # n of them, evenly spread, none of them the first or the last
+        starts = np.linspace(0, (len(val) - length) // length - 1, n + 2)[1:-1].round().astype(int) * length
+        return torch.tensor(np.stack([val[s:s + length] for s in starts]))
+    depth = m(windows(5, 24)).depth
+    assert len(set(depth.flatten().tolist())) > 1 and rows['prefill 24', 'adaptive']['depth'] == pytest.approx(float(depth.double().mean()))
+    steps = list(m.stream(windows(2, 6).tolist(), 14, temperature=0, slots=2))[2:10]
+    assert rows['batch 2', 'adaptive']['depth'] == pytest.approx(sum(s.depth for s in steps) / 8)
 
 
 @pytest.mark.parametrize('remat', [False, True])

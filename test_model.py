@@ -714,7 +714,8 @@ def test_compile_without_a_compiler_is_refused(ckpt, capsys, monkeypatch):
 
 def test_sample_ends_quietly_on_a_closed_pipe_and_on_ctrl_c(ckpt):
     runs = [subprocess.Popen([sys.executable, HERE / 'sample.py', '--ckpt', ckpt, '--prompt', 'x', '--max_new_tokens', '1000000000', '--ignore_eot'],
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, 'OMP_NUM_THREADS': '1'}) for _ in range(2)]
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, 'OMP_NUM_THREADS': '1'},
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) for _ in range(2)]  # a suite in the background ignores Ctrl-C
     for run in runs:
         assert len(run.stdout.read(30)) == 30
     runs[0].stdout.close()

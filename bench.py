@@ -22,7 +22,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from functools import lru_cache
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -575,6 +575,7 @@ def results(a):
 def draw_iso_flops(plt, groups):
     """NLL against FLOPs saved, a panel a setting. Bars: standard deviation over seeds of the distance to the learned gates."""
     fig, axes = plt.subplots(1, len(groups), figsize=(5.5 * len(groups), 4.2), squeeze=False)
+    marks = dict(zip(dict.fromkeys(r['model'] for g in groups.values() for r in g['others'] if r['policy'] != 'learned'), cycle('s^vD')))
     for ax, (name, g) in zip(axes[0], groups.items()):
         levels = []
         for model, dial, text, style in (('vanilla', 'max_iter 1', 'n_iter=1', ':'), ('fixed', f'max_iter {g["n_iter"]}', f'fixed depth {g["n_iter"]}', '--')):
@@ -592,8 +593,8 @@ def draw_iso_flops(plt, groups):
         trained = sorted((100 * r['saved']['mean'], r['nll']['mean']) for r in g['rows'] if (r['policy'], r['dial']) == ('learned', 'own'))
         if trained:
             ax.plot(*zip(*trained), '*--', color='black', lw=1, ms=13, label='learned, trained for this budget')
-        for n, r in enumerate(r for r in g['others'] if r['policy'] != 'learned'):
-            ax.plot(100 * r['saved']['mean'], r['nll']['mean'], 's^vD'[n % 4], color='grey', ms=6, label=r['model'])
+        for r in (r for r in g['others'] if r['policy'] != 'learned'):
+            ax.plot(100 * r['saved']['mean'], r['nll']['mean'], marks[r['model']], color='grey', ms=6, label=r['model'])
         ax.set(xlabel=f'inference FLOPs saved against fixed depth {g["n_iter"]}, %', ylabel='validation NLL, nats a token')
         ax.set_title(name, fontsize=9)
         if len(levels) == 2:  # what is far worse than one pass may leave the picture

@@ -332,7 +332,7 @@ def val_split(a, folder, model, state, length):
         fail(f'no data in {folder}: give --data, a folder that prepare_data.py made')
     meta = json.loads((Path(folder) / 'meta.json').read_text())
     if state.get('meta', meta)['tokenizer_sha256'] != meta['tokenizer_sha256'] or meta['vocab_size'] > model.cfg.vocab_size:
-        fail(f'the data in {folder} was made with another tokenizer than {a.ckpt} was trained on')
+        fail(f'the data in {folder} was made with another tokenizer than the model was trained with')
     return Windows(folder, meta, 'val', length, model.cfg.vocab_size)
 
 
@@ -358,6 +358,8 @@ def at_equal_flops(model, x, calib, a, kinds, dials, full):
     """
     cfg, K, T = model.cfg, model.cfg.n_iter, x.size(1) - 1
     cost, rows, own = costs(cfg, T), [], {}
+    dials = dials if K > 1 else []
+    kinds = kinds if dials else []
 
     def add(policy, dial, depth, nll, flops, **how):
         w, ran = nll.mean(1).numpy(), [float((depth > i).double().mean()) for i in range(K)]
@@ -368,10 +370,10 @@ def at_equal_flops(model, x, calib, a, kinds, dials, full):
     levels = profile(model, x, a)  # (n, T, K)
     for d in range(1, K + 1):
         add('fixed depth', f'max_iter {d}', torch.full(levels.shape[:2], d), levels[..., d - 1], float(costs(cfg, T, d)[:, d - 1].mean()))
-    scores = {k: torch.zeros(len(calib), T, K - 1, dtype=torch.float64) for k in kinds if k in SCORES and K > 1}
+    scores = {k: torch.zeros(len(calib), T, K - 1, dtype=torch.float64) for k in kinds if k in SCORES}
     for kind in scores:  # where nobody halts
         measure(model, calib, a, above(SCORES[kind](model), into=scores[kind]))
-    for dial in tqdm(dials if K > 1 else [], desc='dial', leave=False):
+    for dial in tqdm(dials, desc='dial', leave=False):
         # 'own' is what the checkpoint does by itself, then the other policies at its FLOPs
         target = float(spent(cost, measure(model, calib, a)[0]).mean()) if dial == 'own' else (1 - dial) * full
         learned = None
@@ -417,11 +419,12 @@ def over_learned(rows):
     """Gives each row its NLL over that of the same checkpoint's learned gates (of 'fixed': of the adaptive one's) at exactly its FLOPs, on their
     curve from tau = 1 to 0, with a paired standard error."""
     for name in {r['model'] for r in rows if r['policy'] == 'learned'}:
+        judged = (name, 'fixed') if name == 'adaptive' else (name,)
         first, *_, last = (r for r in rows if (r['model'], r['policy']) == (name, 'fixed depth'))
         learned = [r for r in rows if (r['model'], r['policy']) == (name, 'learned')]
         curve = sorted(((r['flops'], r['windows']) for r in [first, last] + learned), key=lambda point: point[0])
         for r in rows:
-            if r['model'] in (name, *(['fixed'] if name == 'adaptive' else [])) and r['policy'] not in ('learned', 'fixed depth') and curve[0][0] <= r['flops'] <= curve[-1][0]:
+            if r['model'] in judged and r['policy'] not in ('learned', 'fixed depth') and curve[0][0] <= r['flops'] <= curve[-1][0]:
                 j = max(1, next(j for j, (f, _) in enumerate(curve) if f >= r['flops']))
                 (f0, w0), (f1, w1) = curve[j - 1:j + 1]
                 ours = w0 + (w1 - w0) * (r['flops'] - f0) / (f1 - f0)
@@ -509,14 +512,17 @@ def summary(runs):
     rows = [dict(zip(('model', 'policy', 'dial'), key), **{f: mean_of([rows[key].get(f) for rows in keyed])
                  for f in ('flops', 'saved', 'depth', 'nll', 'ppl', 'over_learned', 'retained')})
             for key in keyed[0] if all(key in rows for rows in keyed)]
+
     def depths(name):
         return [dict(model=name, depth=d, **{f: mean_of([r.get(f) for r in same]) for f in ('share', 'nll', 'nobody_halts', 'first_iteration')})
                 for d, same in enumerate(zip(*(run['runs'][name]['by_depth'] for run in runs)), 1)]
     gated = [name for name in runs[0]['runs'] if all('by_depth' in run['runs'].get(name, {}) for run in runs)]
-    natural = [(name, *(('learned', 'own') if name in gated else ('fixed depth', f'max_iter {run["n_iter"]}'))) for name, run in runs[0]['runs'].items() if name not in ('adaptive', 'vanilla', 'vanilla longer', 'fixed')]
+    as_trained = [(name, 'learned', 'own') if name in gated else (name, 'fixed depth', f'max_iter {run["n_iter"]}')
+                  for name, run in runs[0]['runs'].items() if name not in ('adaptive', 'vanilla', 'vanilla longer', 'fixed')]
     return dict(seeds=[run['train_config'].get('seed') for run in runs], data=runs[0]['data'], n_iter=runs[0]['config']['n_iter'], tokens=runs[0]['tokens'],
-                others=[r for r in rows if (r['model'], r['policy'], r['dial']) in natural], train_flops={name: run.get('train_flops') for name, run in runs[0]['runs'].items()}, rows=rows,
-                by_depth=[row for name in gated for row in depths(name)], spearman={name: mean_of([run['runs'][name]['spearman'][0] for run in runs]) for name in gated})
+                train_flops={name: run.get('train_flops') for name, run in runs[0]['runs'].items()}, rows=rows,
+                others=[r for r in rows if (r['model'], r['policy'], r['dial']) in as_trained], by_depth=[row for name in gated for row in depths(name)],
+                spearman={name: mean_of([run['runs'][name]['spearman'][0] for run in runs]) for name in gated})
 
 
 def results(a):
@@ -549,7 +555,7 @@ def results(a):
                      for m, d in (('vanilla', 1), ('vanilla longer', 1), ('fixed', g['n_iter']))),
                      *learned('own', ppl='{:.3f}', depth='{:.2f}', saved='{:.1%}', retained='{:.1%}'), show(g['spearman'].get('adaptive'), '{:.3f}')])
         dials += [[name, r['model'], 'own tau' if r['dial'] == 'own' else f'save {r["dial"]:.0%}', *learned(r['dial'], r['model'], saved='{:.1%}', nll='{:.4f}', retained='{:.1%}'),
-                   *(get(g, m.replace('adaptive', r['model']), p, r['dial'], 'over_learned', '{:+.4f}') for m, p in rivals)] for r in g['rows'] if r['policy'] == 'learned']
+                   *(get(g, r['model'] if m == 'adaptive' else m, p, r['dial'], 'over_learned', '{:+.4f}') for m, p in rivals)] for r in g['rows'] if r['policy'] == 'learned']
         depths += [[name, r['model'], str(r['depth']), show(r['share'], '{:.1%}'), *(show(r[f], '{:.3f}') for f in ('nll', 'nobody_halts', 'first_iteration'))]
                    for r in g['by_depth']]
         others += [[name, r['model'], *(show(r[f], form) for f, form in (('saved', '{:.1%}'), ('nll', '{:.4f}'), ('ppl', '{:.3f}'), ('retained', '{:.1%}'))),

@@ -1767,10 +1767,21 @@ def test_resume_is_exact_in_every_phase(trained, capsys):
     assert read_log(out) == read_log(trained / 'out')
 
 
-def test_savings_are_learned_alike_however_the_run_goes(trained, tmp_path, capsys):
-    """Objective 'saving': the price follows its rule from the log; an interrupted run and one of two processes equal the plain one."""
+def test_savings_are_learned_alike_however_the_run_goes(trained, tmp_path, monkeypatch):
+    """Objective 'saving': price and explorers follow their rules; an interrupted run and one of two processes equal the plain one."""
     kw = dict(objective='saving', tau=0.49, gate_bias=0.0, explore=0.2, k_max=0.5, freeze_backbone=3, execution='packed')
-    assert run_train(trained / 'data', tmp_path / 'a', **kw) == 0
+    explorers, forward = [], AdaPonderLM.forward
+
+    def recording(self, *args, explore=None, **kwargs):
+        explorers.extend([] if explore is None else [explore])
+        return forward(self, *args, explore=explore, **kwargs)
+    with monkeypatch.context() as patch:
+        patch.setattr(AdaPonderLM, 'forward', recording)
+        assert run_train(trained / 'data', tmp_path / 'a', **kw) == 0
+    assert len(explorers) == 20 * 4
+    for step in range(20):
+        drawn, share = torch.stack(explorers[4 * step:4 * step + 4]).double(), np.interp(step, (9, 12, 20), (1, 0.2, 0))
+        assert abs(drawn.mean() - share) <= 4 * (share * (1 - share) / drawn.numel()) ** 0.5
     log = [r for r in read_log(tmp_path / 'a') if 'loss' in r]
     tau = 0.49
     for r in log:

@@ -68,7 +68,7 @@ class TrainConfig:
     ponder_full: Duration = '70%'     # S1: k has risen from 0 at S0 to k_max here
     k_max: float = 0.4                # fraction of all gate values under pressure; objective 'saving': the share of gated iterations that shall not run
     ponder_lambda: float = 0.1        # weight of the ponder loss
-    explore: float = 0.1              # objective 'saving': share of the training tokens that run all iterations, to show what halting costs; until S0 all, from S1 on this
+    explore: float = 0.1              # objective 'saving': share of the training tokens that run all iterations, to show what halting costs; all until S0, this at S1, none at the end
     freeze_backbone: Duration = 0     # from S0 on, train the gates alone for this long
     # optimisation
     batch_size: int = 16              # sequences a micro-batch
@@ -546,6 +546,7 @@ def main(argv):
             group['lr'] = lr
         ramp = min(1.0, max(0.0, (step - act) / max(1, S1 - act)))
         k = cfg.k_max * (ramp * (2 - ramp) if saving else ramp)  # a price that is still rising when k stops would overshoot
+        fade = min(1.0, (max_steps - step) / max(1, max_steps - S1))  # explorers leave keys and values that inference will not see: none at the end
 
         totals = torch.zeros(5, device=device)  # loss, ce, ponder loss, depth, share of gated iterations that the free tokens did not run
         for j in range(n_micro):
@@ -557,7 +558,7 @@ def main(argv):
             x, explore = x.to(device, non_blocking=True), None
             if saving:  # whoever is not free to halt
                 draw = np.random.default_rng([cfg.seed, 1, (step * n_micro + j) * world + rank]).random((len(x), cfg.block_size))
-                explore = torch.from_numpy(draw < 1 - (1 - cfg.explore) * ramp).to(device)
+                explore = torch.from_numpy(draw < 1 - (1 - cfg.explore * fade) * ramp).to(device)
             with net.no_sync() if world > 1 and j + 1 < n_micro else nullcontext():
                 with autocast():
                     out = net(x[:, :-1], x[:, 1:], 'packed' if packed else 'dense', halting=None if saving else halting, k=torch.tensor(k, device=device),

@@ -578,11 +578,21 @@ def results(a):
     report(a, groups=groups)
 
 
+def panels(plt, groups, width, height):
+    """A figure with a panel a setting, as square as they lie: (figure, axes (rows, columns))."""
+    columns = math.ceil(len(groups) ** 0.5)
+    rows = -(-len(groups) // columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, gridspec_kw=dict(hspace=0.5))
+    for ax in axes.flat[len(groups):]:
+        ax.remove()
+    return fig, axes
+
+
 def draw_iso_flops(plt, groups):
     """NLL against FLOPs saved, a panel a setting. Bars: standard deviation over seeds of the distance to the learned gates."""
-    fig, axes = plt.subplots(1, len(groups), figsize=(5.5 * len(groups), 4.2), squeeze=False)
+    fig, axes = panels(plt, groups, 5.5, 4.2)
     marks = dict(zip(dict.fromkeys(r['model'] for g in groups.values() for r in g['others'] if r['policy'] != 'learned'), cycle('s^vD')))
-    for ax, (name, g) in zip(axes[0], groups.items()):
+    for ax, (name, g) in zip(axes.flat, groups.items()):
         levels = []
         for model, dial, text, style in (('vanilla', 'max_iter 1', 'n_iter=1', ':'), ('fixed', f'max_iter {g["n_iter"]}', f'fixed depth {g["n_iter"]}', '--')):
             for y in [r['nll']['mean'] for r in g['rows'] if (r['model'], r['dial']) == (model, dial)]:
@@ -604,16 +614,16 @@ def draw_iso_flops(plt, groups):
         ax.set(xlabel=f'inference FLOPs saved against fixed depth {g["n_iter"]}, %', ylabel='validation NLL, nats a token')
         ax.set_title(name, fontsize=9)
         if len(levels) == 2:  # what is far worse than one pass may leave the picture
-            ax.set_ylim(top=levels[0] + 3 * (levels[0] - levels[1]))
-    names = {name: mark for ax in axes[0] for mark, name in zip(*ax.get_legend_handles_labels())}
+            ax.set_ylim(top=levels[0] + 1.5 * (levels[0] - levels[1]))
+    names = {name: mark for ax in axes.flat for mark, name in zip(*ax.get_legend_handles_labels())}
     axes[0, -1].legend(names.values(), names, fontsize=7, loc='upper left', bbox_to_anchor=(1.01, 1))
     return fig
 
 
 def draw_by_depth(plt, groups):
     """Mean NLL of the tokens that halted at each depth; the width of a bar is their share."""
-    fig, axes = plt.subplots(1, len(groups), figsize=(4 * len(groups), 3.4), squeeze=False)
-    for ax, (name, g) in zip(axes[0], groups.items()):
+    fig, axes = panels(plt, groups, 4, 3)
+    for ax, (name, g) in zip(axes.flat, groups.items()):
         rows = [r for r in g['by_depth'] if r['model'] == 'adaptive']
         for r in (r for r in rows if r['nll']):
             ax.bar(r['depth'], r['nll']['mean'], 0.1 + 0.8 * r['share']['mean'], yerr=r['nll']['sd'] or 0, color='C0', capsize=3)
@@ -621,7 +631,8 @@ def draw_by_depth(plt, groups):
         ax.set(xlabel='depth, iterations; share of the tokens', xlim=(0.4, g['n_iter'] + 0.6))
         ax.set_ylim(bottom=0)
         ax.set_title(name, fontsize=9)
-    axes[0, 0].set_ylabel('NLL, nats a token')
+    for ax in axes[:, 0]:
+        ax.set_ylabel('NLL, nats a token')
     return fig
 
 

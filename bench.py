@@ -582,7 +582,7 @@ def panels(plt, groups, width, height):
     """A figure with a panel a setting, as square as they lie: (figure, axes (rows, columns))."""
     columns = math.ceil(len(groups) ** 0.5)
     rows = -(-len(groups) // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, gridspec_kw=dict(hspace=0.5))
+    fig, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, gridspec_kw=dict(hspace=1.4 / height))
     for ax in axes.flat[len(groups):]:
         ax.remove()
     return fig, axes

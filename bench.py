@@ -625,7 +625,7 @@ def draw_by_depth(plt, groups):
     fig, axes = panels(plt, groups, 4, 3)
     for ax, (name, g) in zip(axes.flat, groups.items()):
         rows = [r for r in g['by_depth'] if r['model'] == 'adaptive']
-        for r in (r for r in rows if r['nll']):
+        for r in (r for r in rows if r['nll'] and r['share']['mean'] >= 5e-4):  # no bar for a single token
             ax.bar(r['depth'], r['nll']['mean'], 0.1 + 0.8 * r['share']['mean'], yerr=r['nll']['sd'] or 0, color='C0', capsize=3)
         ax.set_xticks([r['depth'] for r in rows], [f'{r["depth"]}\n{r["share"]["mean"]:.1%}' for r in rows])
         ax.set(xlabel='depth, iterations; share of the tokens', xlim=(0.4, g['n_iter'] + 0.6))

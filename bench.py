@@ -579,10 +579,11 @@ def results(a):
 
 
 def panels(plt, groups, width, height):
-    """A figure with a panel a setting, as square as they lie: (figure, axes (rows, columns))."""
+    """A figure with a panel of width x height inches for each setting, in about as many rows as columns: (figure, axes (rows, columns))."""
     columns = math.ceil(len(groups) ** 0.5)
     rows = -(-len(groups) // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, gridspec_kw=dict(hspace=1.4 / height))
+    fig, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False,
+                             gridspec_kw=dict(hspace=1.4 / height))  # labels of one row and titles of the next take inches, not shares
     for ax in axes.flat[len(groups):]:
         ax.remove()
     return fig, axes
@@ -625,7 +626,7 @@ def draw_by_depth(plt, groups):
     fig, axes = panels(plt, groups, 4, 3)
     for ax, (name, g) in zip(axes.flat, groups.items()):
         rows = [r for r in g['by_depth'] if r['model'] == 'adaptive']
-        for r in (r for r in rows if r['nll'] and r['share']['mean'] >= 5e-4):  # no bar for a single token
+        for r in (r for r in rows if r['nll'] and r['share']['mean'] >= 5e-4):  # whose share does not read 0.0%
             ax.bar(r['depth'], r['nll']['mean'], 0.1 + 0.8 * r['share']['mean'], yerr=r['nll']['sd'] or 0, color='C0', capsize=3)
         ax.set_xticks([r['depth'] for r in rows], [f'{r["depth"]}\n{r["share"]["mean"]:.1%}' for r in rows])
         ax.set(xlabel='depth, iterations; share of the tokens', xlim=(0.4, g['n_iter'] + 0.6))

@@ -1985,6 +1985,14 @@ def test_train_refuses_nonsense(trained, tmp_path, capsys, monkeypatch, kw, word
     assert words in err and err.startswith('train.py: ') and err.count('\n') == 1
 
 
+@pytest.mark.parametrize('dtype, rate, said', [('bfloat16', 1e9, '20 times more slowly in bfloat16 than in float32: give --dtype=float32'), ('bfloat16', 3e10, ''), ('float32', 1e9, '')])
+def test_a_cpu_that_is_slow_in_bfloat16_is_told(trained, tmp_path, capsys, monkeypatch, dtype, rate, said):
+    monkeypatch.setattr(train, 'peak_flops', lambda device, dtype=torch.float32: rate if dtype is torch.bfloat16 else 2e10)
+    assert run_train(trained / 'data', tmp_path, dtype=dtype, max_steps=1) == 0
+    out = capsys.readouterr().out
+    assert said in out and ('more slowly' in out) == bool(said)
+
+
 def test_train_refuses_bad_config_files(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(HERE)
     (tmp_path / 'bad.py').write_text('max_steps = oops')

@@ -262,15 +262,15 @@ def evaluate(model, val, cfg, device, autocast, halting, rank=0, world=1):
                 flops_saved=float(1 - (flops * share).sum() / fixed.inference_flops(K, context)), nll_by_depth=[float(x / c) if c else None for x, c in zip(nll, tokens)])
 
 
-def peak_flops(device):
-    """Dense bf16 matrix FLOP/s of a known GPU; elsewhere what one float32 product of 1024 x 1024 matrices reaches now."""
+def peak_flops(device, dtype=torch.float32):
+    """Dense bf16 matrix FLOP/s of a known GPU; elsewhere what one product of 1024 x 1024 matrices of this dtype reaches now."""
     if device.type == 'cuda':
         name = torch.cuda.get_device_name(device)
         for key, peak in [('H100 PCIe', 756e12), ('H100', 989e12), ('H200', 989e12), ('H800', 989e12), ('B200', 2250e12), ('A100', 312e12),
                           ('A800', 312e12), ('L40S', 362e12), ('A6000', 155e12), ('4090', 165e12), ('3090', 71e12), ('V100', 125e12)]:
             if key in name:
                 return peak
-    a = torch.ones(1024, 1024, device=device, dtype=torch.float32)  # not random: that would move the generator
+    a = torch.ones(1024, 1024, device=device, dtype=dtype)  # not random: that would move the generator
     for n in (1, 3):  # the first one warms up
         t = time.perf_counter()
         for _ in range(n):
@@ -514,6 +514,8 @@ def main(argv):
     n_micro = cfg.gradient_accumulation_steps // world  # micro-batches of this process
     micro_batches = read_ahead(lambda n: train.train_batch(n, cfg.batch_size), count(step * cfg.gradient_accumulation_steps + rank, world))
     peak = peak_flops(device) * world
+    if bf16 and device.type == 'cpu' and (slower := peak / world / peak_flops(device, torch.bfloat16)) > 2:  # no AVX-512: emulated
+        say(f'this CPU multiplies matrices {slower:.0f} times more slowly in bfloat16 than in float32: give --dtype=float32')
     net, learning, leaving, skipped, saved, seconds, waited, done = model, None, False, 0, True, 0.0, 0.0, step
     bar = tqdm(total=max_steps, initial=step, disable=None if master else True, dynamic_ncols=True, smoothing=0.05)
 

@@ -19,7 +19,7 @@ max_steps = 900
 learning_rate = 3e-3
 warmup = 20
 execution = 'dense'
-dtype = 'bfloat16'
+dtype = 'bfloat16'      # --dtype=float32 on a CPU that is slow in it; train.py says so
 eval_interval = '50%'
 eval_tokens = 24576
 sample_tokens = 0

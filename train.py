@@ -513,8 +513,8 @@ def main(argv):
 
     n_micro = cfg.gradient_accumulation_steps // world  # micro-batches of this process
     micro_batches = read_ahead(lambda n: train.train_batch(n, cfg.batch_size), count(step * cfg.gradient_accumulation_steps + rank, world))
-    peak = peak_flops(device) * world
-    if bf16 and device.type == 'cpu' and (slower := peak / world / peak_flops(device, torch.bfloat16)) > 2:  # no AVX-512: emulated
+    peak = peak_flops(device)
+    if bf16 and device.type == 'cpu' and (slower := peak / peak_flops(device, torch.bfloat16)) > 2:  # no AVX-512: emulated
         say(f'this CPU multiplies matrices {slower:.0f} times more slowly in bfloat16 than in float32: give --dtype=float32')
     net, learning, leaving, skipped, saved, seconds, waited, done = model, None, False, 0, True, 0.0, 0.0, step
     bar = tqdm(total=max_steps, initial=step, disable=None if master else True, dynamic_ncols=True, smoothing=0.05)
@@ -598,7 +598,7 @@ def main(argv):
             speed = (step - done) * tokens_per_step / seconds
             flops = replace(model.cfg, halting=bool(model.gates) and now != 'backbone').inference_flops(
                 depth if packed else model.cfg.n_iter, (cfg.block_size + 1) / 2)  # a token forward; backward: twice that, or once for gates alone
-            mfu = speed * flops * (2 if now == 'gates' else 3) / peak
+            mfu = speed * flops * (2 if now == 'gates' else 3) / (peak * world)
             line = f'loss {loss:.3f} depth {depth:.2f} {speed / 1e3:.1f}k tok/s MFU {mfu:.0%}'
             bar.set_postfix_str(line)
             if bar.disable:  # not on a terminal

@@ -889,7 +889,7 @@ def activation_bytes(cfg, tokens, bf16=True, remat=False, cpu=False):
     b, d, L, K, V, N = 2 if bf16 else 4, cfg.n_embd, cfg.n_layer, cfg.n_iter, cfg.vocab_size, tokens
     one = N * L * d * (4 + 16 * b)     # an iteration: x in float32, two norms, q, k, v, y, 4 d and 4 d of the MLP
     kv = N * L * d * 2 * b * (cfg.halting and K > 1)  # K and V: masked, or made full again from those of halted tokens
-    gates = (K - 1) * N * d * (2 * cfg.gate_width * b + 8) * cfg.halting * (not remat)
+    gates = (K - 1) * N * (2 * cfg.gate_hidden * b + 8 * d) * cfg.halting * (not remat)
     table, chunks = 4 * d * V, math.ceil(N / max(1, AdaPonderLM.CHUNK // V))  # a gradient of U or V
     logits = (4 if b == 4 else 6) * V * math.ceil(N / chunks) + table // 2 * (b == 2)
     sums = (4 * (count_parameters(cfg) - 2 * d * V) + 2 * table) * (K > 1)  # gradients over iterations, until the last has come
@@ -963,7 +963,7 @@ def plan(a):
               ('in the loss', act['loss'], "logits of a chunk, and U's gradient, which is made in the forward pass") if 'loss' in act else
               ('in backward', act['backward'], 'an iteration computed again and sums of gradients, or the pondering embedding: see activation_bytes()')]
     need = sum(m for _, m, _ in memory)
-    print(f'{a.config}: P = {P:,} parameters, L = {cfg.n_layer}, d = {cfg.n_embd}, V = {cfg.vocab_size}, K = {K}, W = gate_width = {cfg.gate_width}; '
+    print(f'{a.config}: P = {P:,} parameters, L = {cfg.n_layer}, d = {cfg.n_embd}, V = {cfg.vocab_size}, K = {K}, W = gate_width = {cfg.gate_width:g}; '
           f'T = {t.block_size}; N = {t.batch_size} T = {N:,} tokens a micro-batch; b = {b} bytes; remat {"on" if t.remat else "off"}; {a.gpus} x {a.gpu}\n')
     table(['', 'value', 'formula'], [
         ['tokens', f'{tokens / 1e9:.3f} B', f'{steps:,} steps x {t.gradient_accumulation_steps} N'],

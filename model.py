@@ -43,7 +43,7 @@ class AdaPonderConfig:
     rotary_base: float = 10000.0   # longest rotary wavelength is 2 pi times about this, positions
     scale_embeds: bool = True      # multiply embeddings by sqrt(d), in E and in P V alike
     norm_eps: float = 1e-5         # LayerNorm's epsilon
-    gate_width: int = 4            # hidden width of a gate's MLP, in units of n_embd
+    gate_width: float = 4.0        # hidden width of a gate's MLP, in units of n_embd
     gate_bias: float = 4.0         # logit at which gates start: sigmoid(4) = 0.98, open
     objective: str = 'live'        # what the gates learn: 'saving' what going on will save; 'paper' to close, under pressure; 'live' the same, halted ones count as paid
     feedback: str = 'embedding'    # what an iteration hands to the next: 'embedding' (PonderLM) or 'hidden' (a loop transformer)
@@ -56,9 +56,11 @@ class AdaPonderConfig:
                 setattr(self, f.name, value := float(value))
             if type(value) is not f.type:
                 raise ValueError(f'{f.name} must be of type {f.type.__name__}, not {value!r}')
-        for name in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd', 'n_iter', 'gate_width'):
+        for name in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd', 'n_iter'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} must be at least 1, not {getattr(self, name)}')
+        if self.gate_hidden < 1:
+            raise ValueError(f'gate_width {self.gate_width} times n_embd {self.n_embd} must be at least 1')
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})')
         if not 0 <= self.tau < 1:
@@ -75,6 +77,10 @@ class AdaPonderConfig:
     @property
     def head_size(self):
         return self.n_embd // self.n_head
+
+    @property
+    def gate_hidden(self):
+        return round(self.gate_width * self.n_embd)
 
     @property
     def rotary_dims(self):
@@ -94,7 +100,7 @@ class AdaPonderConfig:
         return dict(
             linear=self.n_layer * 24 * d * d,          # QKV 6 d^2, output 2 d^2, MLP 16 d^2
             attention=self.n_layer * 4 * context * d,  # q K^T and P V
-            gate=self.gate_width * 2 * d * (d + 1) if self.halting and self.n_iter > 1 else 0,
+            gate=self.gate_hidden * 2 * (d + 1) if self.halting and self.n_iter > 1 else 0,
             ponder=4 * d * self.vocab_size if self.feedback == 'embedding' else 0,  # h U^T and P V
             unembed=2 * d * self.vocab_size)
 
@@ -429,7 +435,7 @@ class AdaPonderLM(nn.Module):
         self.ln_ponder = Affine(cfg.n_embd) if cfg.ponder_norm and cfg.n_iter > 1 else nn.Identity()  # from ln_f's output to what is handed on
         self.unembed = Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         n_gate = cfg.n_iter - 1 if cfg.halting else 0
-        self.gates = nn.ModuleList(Gate(cfg.n_embd, cfg.gate_width * cfg.n_embd, 1) for _ in range(n_gate))
+        self.gates = nn.ModuleList(Gate(cfg.n_embd, cfg.gate_hidden, 1) for _ in range(n_gate))
         self.init_weights()
 
     @torch.no_grad()

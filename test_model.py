@@ -425,7 +425,7 @@ def count_flops(fn):
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize('shape', [dict(vocab_size=500, n_embd=64), dict(vocab_size=50304, n_embd=32)])  # the second one goes through the vocabulary in blocks
+@pytest.mark.parametrize('shape', [dict(vocab_size=500, n_embd=64), dict(vocab_size=50304, n_embd=32, gate_width=0.25)])  # the second one goes through the vocabulary in blocks
 def test_flop_formula_equals_the_counter(shape):
     m = tiny(torch.float32, block_size=128, **shape).requires_grad_(False)
     x = torch.randint(61, (1, 128), generator=torch.Generator().manual_seed(10))
@@ -2105,7 +2105,7 @@ def test_configs_have_the_published_sizes():
 @pytest.mark.parametrize('kw, words', [
     (dict(n_embd=30), 'divisible by n_head'), (dict(n_iter=0), 'n_iter must be at least 1'), (dict(tau=1.0), r'tau must be in \[0, 1\)'), (dict(tau=-0.1), 'tau'),
     (dict(vocab_size=0), 'vocab_size must be at least 1'), (dict(n_embd='32'), 'must be of type int'), (dict(rotary_pct=0.4), 'rotary_pct'), (dict(objective='x'), 'objective'),
-    (dict(feedback='x'), 'feedback')])
+    (dict(feedback='x'), 'feedback'), (dict(gate_width=0.01), 'gate_width 0.01 times n_embd 32')])
 def test_config_refuses_nonsense(kw, words):
     with pytest.raises(ValueError, match=words):
         AdaPonderConfig(**{**dict(n_embd=32, n_head=4, rotary_pct=0.5), **kw})

@@ -58,7 +58,7 @@ class TrainConfig:
     halting: bool = True              # False: fixed-depth PonderLM
     tau: float = 1e-4
     scale_embeds: bool = True
-    gate_width: int = 4
+    gate_width: float = 4.0
     gate_bias: float = 4.0
     objective: str = 'live'           # how gates learn to halt: 'paper', 'live' or 'saving', see AdaPonderConfig
     feedback: str = 'embedding'       # 'hidden': a loop transformer

@@ -434,9 +434,11 @@ class AdaPonderLM(nn.Module):
         self.ln_f = nn.LayerNorm(cfg.n_embd, eps=cfg.norm_eps)
         self.ln_ponder = Affine(cfg.n_embd) if cfg.ponder_norm and cfg.n_iter > 1 else nn.Identity()  # from ln_f's output to what is handed on
         self.unembed = Linear(cfg.n_embd, cfg.vocab_size, bias=False)
-        n_gate = cfg.n_iter - 1 if cfg.halting else 0
-        self.gates = nn.ModuleList(Gate(cfg.n_embd, cfg.gate_hidden, 1) for _ in range(n_gate))
-        self.init_weights()
+        self.gates = nn.ModuleList()
+        self.init_weights()  # before the gates are there: of one seed, networks with and without them begin as the same
+        if cfg.halting:
+            self.gates.extend(Gate(cfg.n_embd, cfg.gate_hidden, 1) for _ in range(cfg.n_iter - 1))
+            self.init_weights('gates.')
 
     @torch.no_grad()
     def init_weights(self, prefix=''):

@@ -1805,6 +1805,18 @@ def test_savings_are_learned_alike_however_the_run_goes(trained, tmp_path, monke
     assert [r['halted'] for r in read_log(tmp_path / 'c') if 'loss' in r] == pytest.approx([r['halted'] for r in log], abs=1e-9)
 
 
+def test_until_gates_act_a_network_with_them_is_the_one_without(trained, tmp_path):
+    """Of one seed both begin with the same backbone, and gates that predict do not touch it: not even through the gradient's norm."""
+    def at(n, loss):
+        if n == 6 * 4:  # ponder_start
+            os.kill(os.getpid(), signal.SIGTERM)
+    for name, halting in (('with', True), ('without', False)):
+        assert run_train(trained / 'data', tmp_path / name, at, halting=halting, objective='saving', execution='dense', grad_clip=0.05) == 0
+    a, b = (load_checkpoint(tmp_path / name / 'ckpt.pt') for name in ('with', 'without'))
+    assert a['step'] == b['step'] == 6 and any(n.startswith('gates.') for n in a['model'])
+    assert all(torch.equal(a['model'][n], p) for n, p in b['model'].items())
+
+
 def subprocess_env(**kw):
     return {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(HERE), **{k: str(v) for k, v in kw.items()}}
 

@@ -576,8 +576,12 @@ def main(argv):
         if leaving:
             saved = checkpoint()
             break
-        norm = float(torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], cfg.grad_clip))
-        if math.isfinite(norm):  # after DDP's sum a bad rank shows on all ranks: they agree without asking
+        parts = [], []
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                parts[saving and name.startswith('gates.')].append(p)  # gates that only watch do not shorten the others' step
+        norm, of_gates = (float(torch.nn.utils.clip_grad_norm_(part, cfg.grad_clip)) for part in parts)
+        if math.isfinite(norm + of_gates):  # after DDP's sum a bad rank shows on all ranks: they agree without asking
             optimizer.step()
             skipped = 0
         else:

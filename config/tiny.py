@@ -7,7 +7,7 @@ n_layer = 2
 n_head = 4
 n_embd = 128
 n_iter = 4
-gate_width = 1           # in a model this small the paper's 4 would cost as much as it saves
+gate_width = 0.125       # of the model's width; in one this small the paper's 4 would cost as much as it saves
 objective = 'saving'     # gates predict what a pass will save; the paper's: objective = 'paper', tau = 1e-4
 ponder_norm = True       # what a pass hands on has a LayerNorm of its own
 tau = 0.01               # the first price of a pass, nats

@@ -59,8 +59,8 @@ class AdaPonderConfig:
         for name in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd', 'n_iter'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} must be at least 1, not {getattr(self, name)}')
-        if self.gate_hidden < 1:
-            raise ValueError(f'gate_width {self.gate_width} times n_embd {self.n_embd} must be at least 1')
+        if not 1 <= self.gate_width * self.n_embd < math.inf:
+            raise ValueError(f'gate_width {self.gate_width} times n_embd {self.n_embd} must be at least 1, and finite')
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})')
         if not 0 <= self.tau < 1:

@@ -2117,7 +2117,8 @@ def test_configs_have_the_published_sizes():
 @pytest.mark.parametrize('kw, words', [
     (dict(n_embd=30), 'divisible by n_head'), (dict(n_iter=0), 'n_iter must be at least 1'), (dict(tau=1.0), r'tau must be in \[0, 1\)'), (dict(tau=-0.1), 'tau'),
     (dict(vocab_size=0), 'vocab_size must be at least 1'), (dict(n_embd='32'), 'must be of type int'), (dict(rotary_pct=0.4), 'rotary_pct'), (dict(objective='x'), 'objective'),
-    (dict(feedback='x'), 'feedback'), (dict(gate_width=0.01), 'gate_width 0.01 times n_embd 32')])
+    (dict(feedback='x'), 'feedback'), (dict(gate_width=0.01), 'gate_width 0.01 times n_embd 32'),
+    (dict(gate_width=math.inf), 'finite'), (dict(gate_width=math.nan), 'finite')])
 def test_config_refuses_nonsense(kw, words):
     with pytest.raises(ValueError, match=words):
         AdaPonderConfig(**{**dict(n_embd=32, n_head=4, rotary_pct=0.5), **kw})

@@ -580,8 +580,8 @@ def main(argv):
         for name, p in model.named_parameters():
             if p.grad is not None:
                 parts[saving and name.startswith('gates.')].append(p)  # gates that only watch do not shorten the others' step
-        norm, of_gates = (float(torch.nn.utils.clip_grad_norm_(part, cfg.grad_clip)) for part in parts)
-        if math.isfinite(norm + of_gates):  # after DDP's sum a bad rank shows on all ranks: they agree without asking
+        norm = math.hypot(*(float(torch.nn.utils.clip_grad_norm_(part, cfg.grad_clip)) for part in parts))
+        if math.isfinite(norm):  # after DDP's sum a bad rank shows on all ranks: they agree without asking
             optimizer.step()
             skipped = 0
         else:

@@ -106,6 +106,8 @@ class UsageError(SystemExit):
         rank = int(os.environ.get('RANK', 0))
         if here or rank == 0:
             print(f'train.py{f" (rank {rank})" if rank else ""}: {message}', file=sys.stderr, flush=True)
+        if not here and dist.is_available() and dist.is_initialized():  # its threads must not outlive the interpreter: that may end in an abort, and not with code 2
+            dist.destroy_process_group()
         super().__init__(2)
 
 

@@ -100,13 +100,13 @@ class TrainConfig:
 
 
 class UsageError(SystemExit):
-    """One sentence on stderr, exit code 2. here: it may be the trouble of this rank alone; else all ranks have it and rank 0 says it."""
+    """One sentence on stderr, exit code 2. here: it may be the trouble of this rank alone; else all ranks have it, rank 0 says it, and the process group ends."""
 
     def __init__(self, message, here=False):
         rank = int(os.environ.get('RANK', 0))
         if here or rank == 0:
             print(f'train.py{f" (rank {rank})" if rank else ""}: {message}', file=sys.stderr, flush=True)
-        if not here and dist.is_available() and dist.is_initialized():  # its threads must not outlive the interpreter: that may end in an abort, and not with code 2
+        if not here and dist.is_available() and dist.is_initialized():  # threads that outlive the interpreter may abort, and spoil the exit code
             dist.destroy_process_group()
         super().__init__(2)
 
@@ -503,7 +503,7 @@ def main(argv):
         try:
             import wandb
         except ImportError:
-            raise UsageError('wandb_log needs wandb: pip install wandb')
+            raise UsageError('wandb_log needs wandb: pip install wandb', here=True)
         wandb.init(project=cfg.wandb_project, name=out_dir.name, config=asdict(cfg), dir=str(out_dir))
 
     stop = []  # Ctrl-C and SIGTERM: drop the step, save, leave; a second Ctrl-C leaves at once

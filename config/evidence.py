@@ -1,4 +1,4 @@
-# The runs behind the results table, twenty minutes each on a CPU core: config/tiny.py's model, 2700 steps in bfloat16. See README, Results.
+# The runs behind the results table, five to twenty minutes each on a CPU core: config/tiny.py's model, 2700 steps in bfloat16. See README, Results.
 # Baselines: --n_iter=1 (Pythia), --halting=False (fixed depth; PonderLM with --ponder_norm=False), --halting=False --n_iter=3.
 out_dir = 'out/evidence'
 data_dir = 'data/stdlib'

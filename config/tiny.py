@@ -1,4 +1,4 @@
-# An adaptive-depth model of Python source, byte by byte: about five minutes on two CPU cores.
+# An adaptive-depth model of Python source, byte by byte: three to eight minutes on two CPU cores.
 # Baselines: --n_iter=1 (Pythia), --halting=False (fixed depth; PonderLM with --ponder_norm=False), --feedback=hidden (loop transformer).
 out_dir = 'out/tiny'
 data_dir = 'data/stdlib'

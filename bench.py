@@ -595,11 +595,12 @@ def draw_iso_flops(plt, groups):
     marks = dict(zip(dict.fromkeys(r['model'] for g in groups.values() for r in g['others'] if r['policy'] != 'learned'), cycle('s^vD')))
     for ax, (name, g) in zip(axes.flat, groups.items()):
         levels = []
-        for model, dial, text, style in (('vanilla', 'max_iter 1', 'n_iter=1', ':'), ('fixed', f'max_iter {g["n_iter"]}', f'fixed depth {g["n_iter"]}', '--')):
+        for model, dial, text, style, va in (('vanilla', 'max_iter 1', 'n_iter=1', ':', 'bottom'),
+                                             ('fixed', f'max_iter {g["n_iter"]}', f'fixed depth {g["n_iter"]}', '--', 'top')):
             for y in [r['nll']['mean'] for r in g['rows'] if (r['model'], r['dial']) == (model, dial)]:
                 levels.append(y)
                 ax.axhline(y, color='grey', lw=1, ls=style)
-                ax.annotate(text, (0.01, y), xycoords=('axes fraction', 'data'), fontsize=7, va='bottom', color='grey')
+                ax.annotate(text, (0.99, y), xycoords=('axes fraction', 'data'), fontsize=7, ha='right', va=va, color='grey')
         for model, policy in dict.fromkeys((r['model'], r['policy']) for r in g['rows'] if r['policy'] != 'fixed depth'):
             points = sorted((100 * r['saved']['mean'], r['nll']['mean'], (r['over_learned'] or {}).get('sd') or 0)
                             for r in g['rows'] if (r['model'], r['policy']) == (model, policy) and r['dial'] != 'own')

@@ -157,12 +157,12 @@ def packed_attention(q, k, v, kv, at):
         y = F.scaled_dot_product_attention(full.transpose(1, 2), K, V, is_causal=True)
         return y.transpose(1, 2)[row, pos], (K, V)
     out = []
-    for b, (qb, pb) in enumerate(zip(q.split(counts), pos.split(counts))):
+    for qb, pb, Kb, Vb in zip(q.split(counts), pos.split(counts), K, V):  # rows of one unbind: slices of the whole would each have a gradient of its size
         for qc, pc in zip(qb.split(128), pb.split(128)):  # short runs of queries, so that keys after the run are never touched
             if len(pc):
                 n = int(pc[-1]) + 1
                 mask = torch.arange(n) <= pc[:, None]
-                y = F.scaled_dot_product_attention(qc.transpose(0, 1)[None], K[b:b + 1, :, :n], V[b:b + 1, :, :n], attn_mask=mask)
+                y = F.scaled_dot_product_attention(qc.transpose(0, 1)[None], Kb[None, :, :n], Vb[None, :, :n], attn_mask=mask)
                 out.append(y[0].transpose(0, 1))
     return torch.cat(out), (K, V)
 

@@ -127,6 +127,11 @@ def rotate(x, rope):
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
 
+def round_up(n):
+    """How many rows n tokens of packed training take: for bfloat16 a kernel is made whenever a matrix product has a new size, and odd ones fit badly."""
+    return n + -n % 64 if torch.is_grad_enabled() else n
+
+
 # The three attention functions: attend(q, k, v, kv, at) -> y, kv. q, k, v, y: (..., nh, hs) of the tokens that run.
 # kv holds K and V of every token of the layer; the function puts the fresh k, v of the running tokens into it. This is KV reuse:
 # K^(i) <- where(m^i, K fresh, K^(i-1)).
@@ -145,26 +150,29 @@ def packed_attention(q, k, v, kv, at):
     """Only the active tokens run. q, k, v: (N, nh, hs), in order of row, then position; kv: two (B, nh, T, hs) or None.
 
     at: (row, pos, counts), which tokens these are: row, pos (N,); counts: how many there are in each row, a list of length B.
+    q, k, v may have more than N rows: what lies behind the tokens is none, and y is 0 there.
     """
     row, pos, counts = at
+    extra = len(q) - len(row)
     if kv is None or len(row) == kv[0].size(0) * kv[0].size(2):  # everyone is active: the first iteration, at least
         y, kv = dense_attention(*(t.unflatten(0, (len(counts), -1)) for t in (q, k, v)), None, None)
         return y.flatten(0, 1), kv
+    q, k, v = (t[:len(row)] for t in (q, k, v))
     K, V = (old.index_put((row[:, None], torch.arange(old.size(1), device=row.device), pos[:, None]), new)
             for old, new in zip(kv, (k, v)))
     if q.is_cuda:  # flash attention over every position beats a masked kernel over the active ones
         full = q.new_zeros(K.size(0), K.size(2), *q.shape[1:]).index_put((row, pos), q)  # (B, T, nh, hs)
         y = F.scaled_dot_product_attention(full.transpose(1, 2), K, V, is_causal=True)
-        return y.transpose(1, 2)[row, pos], (K, V)
+        return F.pad(y.transpose(1, 2)[row, pos], (0, 0, 0, 0, 0, extra)), (K, V)
+    n = torch.tensor(counts)
+    at = row, torch.arange(len(row)) - (n.cumsum(0) - n)[row]  # side by side in their rows
+    shape = len(counts), round_up(max(counts))
+    Q, P = q.new_zeros(*shape, *q.shape[1:]).index_put(at, q), pos.new_zeros(shape).index_put(at, pos)
     out = []
-    for qb, pb, Kb, Vb in zip(q.split(counts), pos.split(counts), K, V):  # rows of one unbind: slices of the whole would each have a gradient of its size
-        for qc, pc in zip(qb.split(128), pb.split(128)):  # short runs of queries, so that keys after the run are never touched
-            if len(pc):
-                n = int(pc[-1]) + 1
-                mask = torch.arange(n) <= pc[:, None]
-                y = F.scaled_dot_product_attention(qc.transpose(0, 1)[None], Kb[None, :, :n], Vb[None, :, :n], attn_mask=mask)
-                out.append(y[0].transpose(0, 1))
-    return torch.cat(out), (K, V)
+    for Q, P in zip(Q.transpose(1, 2).split(128, 2), P.split(128, 1)):  # short runs of queries, so that keys after the run are never touched
+        keys = torch.arange(min(K.size(2), round_up(int(P.max()) + 1)))
+        out.append(F.scaled_dot_product_attention(Q, K[:, :, :len(keys)], V[:, :, :len(keys)], attn_mask=(keys <= P[..., None])[:, None]))
+    return F.pad(torch.cat(out, 2).transpose(1, 2)[at], (0, 0, 0, 0, 0, extra)), (K, V)
 
 
 def cached_attention(q, k, v, kv, at):
@@ -591,16 +599,17 @@ class AdaPonderLM(nn.Module):
         E = self.embed_tokens(idx).flatten(0, 1)  # (N, d), N = B * T
         rope = rope_table(pos, self.cfg, E.dtype)
         depth, kvs, hidden = torch.zeros_like(idx), [None] * self.cfg.n_layer, None
-        counts, gates, live, early = [T] * B, [], [], []
+        counts, extra, gates, live, early = [T] * B, 0, [], [], []
         for i in range(max_iter):
             h, kvs = self.backbone(E, rope, packed_attention, kvs, (row, pos, counts))
+            n = len(row)
             if store:
                 store(i, kvs)
-            hidden = h.view(B, T, -1) if i == 0 else hidden.index_put((row, pos), h)
+            hidden = h.view(B, T, -1) if i == 0 else hidden.index_put((row, pos), h[:n])
             depth = depth.index_put((row, pos), torch.tensor(i + 1, device=idx.device))
             if i == max_iter - 1:
                 break
-            s, on = self.decide(i, h, row + first_row, pos, policy, tau, halting)
+            s, on = self.decide(i, h[:n], row + first_row, pos, policy, tau, halting)
             if explore is not None:
                 on = on | explore[row, pos]
             spread = torch.zeros(B, T, device=idx.device, dtype=s.dtype).index_put((row, pos), s)
@@ -608,13 +617,14 @@ class AdaPonderLM(nn.Module):
             gates.append((spread, ran))
             live.append(torch.zeros_like(ran).index_put((row, pos), on))
             if not on.all():
-                row, pos, rope = row[on], pos[on], tuple(t[on] for t in rope)
-                E, h, s = E[on], h[on], s[on]
+                row, pos, s = row[on], pos[on], s[on]
+                extra = round_up(len(row)) - len(row)  # rows of zeros behind the tokens
+                E, h, *rope = (F.pad(t[:n][on], (0, 0) * (t.dim() - 1) + (0, extra)) for t in (E, h, *rope))
                 counts = torch.bincount(row, minlength=B).tolist()
                 if not len(row):
                     break
-            E = E + self.step_size(s)[:, None].to(E.dtype) * self.ponder(h).to(E.dtype)
-            early.append(self.early_nll(h, targets if targets is None else targets[row, pos]))
+            E = E + self.step_size(F.pad(s, (0, extra)))[:, None].to(E.dtype) * self.ponder(h).to(E.dtype)
+            early.append(targets if targets is None else self.early_nll(h, F.pad(targets[row, pos], (0, extra)))[:len(row)])
         return hidden, depth, gates, live, early
 
     def forward(self, idx, targets=None, execution='dense', policy=None, tau=None, max_iter=None, halting=None, k=0.0, ponder_lambda=0.0, explore=None):

@@ -420,7 +420,7 @@ def test_sample_draws_from_the_right_distribution():
 def count_flops(fn):
     from torch.utils.flop_counter import sdpa_flop_count
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the counter does not know the CPU's kernel
-    with FlopCounterMode(display=False, custom_mapping={fused: lambda q, k, v, *a, out_shape=None, **kw: sdpa_flop_count(q, k, v)}) as counter:
+    with FlopCounterMode(display=False, custom_mapping={fused: lambda q, k, v, *a, out_shape=None, **kw: sdpa_flop_count(q, k, v)}) as counter, torch.no_grad():
         fn()
     return counter.get_total_flops()
 

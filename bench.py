@@ -747,20 +747,31 @@ def attention_ways(cfg, T, share, device, dtype):
     return ways
 
 
-def training_step(model, x, bf16):
-    """A step of a plain loop on x (1, T + 1): a function that returns dict(seconds, tokens, and for a model of ours flops)."""
+def training_step(model, x, bf16, **kw):
+    """A step of a plain loop on x (B, T + 1): a function that returns dict(seconds, tokens, and for a model of ours flops and depth). kw: for our forward."""
     model.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=x.device.type in ('cpu', 'cuda'))
     T, ours = x.size(1) - 1, isinstance(model, AdaPonderLM)
 
     def step():
+        nonlocal x
+        x = x.roll(1, 1)  # no two steps halt the same tokens
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-            loss = model(x[:, :-1], x[:, 1:], k=0.1, ponder_lambda=0.1).loss if ours else F.cross_entropy(model(x[:, :-1]).logits[0].float(), x[0, 1:])
+            out = model(x[:, :-1], x[:, 1:], k=0.1, ponder_lambda=0.1, **kw) if ours else model(x[:, :-1])
+            loss = out.loss if ours else F.cross_entropy(out.logits.flatten(0, 1).float(), x[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return lambda: dict(seconds=seconds(step, x.device)[0], tokens=T, **(dict(flops=3 * T * model.cfg.inference_flops(model.cfg.n_iter, (T + 1) / 2)) if ours else {}))
+        return out
+
+    def timed():
+        t, out = seconds(step, x.device)
+        if not ours:
+            return dict(seconds=t, tokens=len(x) * T)
+        ran = out.depth if kw else torch.full_like(out.depth, model.cfg.n_iter)  # dense computes all passes
+        return dict(seconds=t, tokens=len(x) * T, depth=float(ran.double().mean()), flops=3 * float(model.cfg.inference_flops(ran, (T + 1) / 2).sum()))
+    return timed
 
 
 def in_transformers(model):
@@ -861,11 +872,14 @@ def speed(a):
             'transformers, n_iter=1': whole(theirs), 'ours, n_iter=1': whole(lambda: one.generate(x, a.new, temperature=0)),
             f'ours, fixed {K}': whole(lambda: fixed.generate(x, a.new, temperature=0))}, a.rounds)
     if 'train' in a.cases:
-        x, bf16 = text(1, a.prefill + 1), a.dtype == 'bfloat16'
+        x, bf16 = text(a.rows, a.prefill + 1), a.dtype == 'bfloat16'
         again = twin(fixed)
         again.remat = True
         made = {'ours, n_iter=1': one, 'transformers, n_iter=1': hf, f'ours, fixed {K}': fixed, f'ours, fixed {K}, remat': again, f'ours, {K} with gates': model}
-        rows += race(f'training step {a.prefill}', {name: training_step(m.float(), x, bf16) for name, m in made.items() if m}, a.rounds)
+        steps = {name: training_step(m.float(), x, bf16) for name, m in made.items() if m}
+        if cfg.objective != 'paper':  # whose loss needs what only dense computes
+            steps |= {f'packed, {name}': training_step(model, x, bf16, execution='packed', policy=p) for name, p in policies.items()}
+        rows += race(f'training step {a.prefill}', steps, a.rounds)
     print(f'{a.ckpt or a.config}: {cfg.n_layer} layers, width {cfg.n_embd}, vocabulary {cfg.vocab_size}, K = {K}, {a.dtype} on {a.device}; '
           f'prompts of {a.prompt} tokens, {a.new} new ones a slot; {a.rounds} rounds taken in turn.'
           + f' transformers and n_iter=1 made {"the same" if same else "OTHER"} tokens.' * (same is not None) + '\n')
@@ -1188,7 +1202,7 @@ def main(argv=None):
     arg('--share', nargs='*', type=float, default=[0.0, 0.25, 0.5, 0.75], help='of the (token, iteration 2 .. K) pairs that do not run')
     arg('--data', help='a folder of prepare_data.py: its val split instead of random tokens')
     arg('--prefill', type=int, default=1024, help='tokens')
-    arg('--rows', type=int, default=1, help='prompts to prefill at a time')
+    arg('--rows', type=int, default=1, help='prompts to prefill, sequences to train on, at a time')
     arg('--compile', action='store_true', help='torch.compile the decoding')
     arg('--batch', nargs='*', type=int, default=[1, 8, 32, 128], help='slots')
     arg('--prompt', type=int, default=64, help='tokens of a prompt to decode from')

@@ -2368,6 +2368,8 @@ def test_speed_counts_what_it_times(tmp_path, capsys):
     assert abs(rows['one stream', 'adaptive, 50% halted']['flop_ratio'] / ratio - 1) < 1e-9
     train_ratio = fixed.inference_flops(4, 50.5) / AdaPonderConfig(**{**got['config'], 'halting': False, 'n_iter': 1}).inference_flops(1, 50.5)
     assert abs(rows['training step 100', 'ours, fixed 4']['flop_ratio'] / train_ratio - 1) < 1e-9
+    saved = sum(float(cfg.inference_flops(int(d), 50.5)) for d in depth) / 100 / float(fixed.inference_flops(4, 50.5))
+    assert abs(rows['training step 100', 'packed, adaptive, 50% halted']['flop_ratio'] / train_ratio / saved - 1) < 1e-9
     assert all(r['ms_per_token'][0] <= r['ms_per_token'][1] <= r['ms_per_token'][2] for r in got['rows'])
     order = []
     rows = bench.race('case', {n: (lambda n=n: order.append(n) or dict(seconds=dict(A=2.0, B=3.0)[n], tokens=4, flops=dict(A=8.0, B=4.0)[n])) for n in 'AB'}, 2)

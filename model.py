@@ -164,15 +164,16 @@ def packed_attention(q, k, v, kv, at):
         full = q.new_zeros(K.size(0), K.size(2), *q.shape[1:]).index_put((row, pos), q)  # (B, T, nh, hs)
         y = F.scaled_dot_product_attention(full.transpose(1, 2), K, V, is_causal=True)
         return F.pad(y.transpose(1, 2)[row, pos], (0, 0, 0, 0, 0, extra)), (K, V)
-    n = torch.tensor(counts)
-    at = row, torch.arange(len(row)) - (n.cumsum(0) - n)[row]  # side by side in their rows
-    shape = len(counts), round_up(max(counts))
-    Q, P = q.new_zeros(*shape, *q.shape[1:]).index_put(at, q), pos.new_zeros(shape).index_put(at, pos)
     out = []
-    for Q, P in zip(Q.transpose(1, 2).split(128, 2), P.split(128, 1)):  # short runs of queries, so that keys after the run are never touched
-        keys = torch.arange(min(K.size(2), round_up(int(P.max()) + 1)))
-        out.append(F.scaled_dot_product_attention(Q, K[:, :, :len(keys)], V[:, :, :len(keys)], attn_mask=(keys <= P[..., None])[:, None]))
-    return F.pad(torch.cat(out, 2).transpose(1, 2)[at], (0, 0, 0, 0, 0, extra)), (K, V)
+    for qb, pb, Kb, Vb in zip(q.split(counts), pos.split(counts), K, V):  # rows of one unbind: slices of the whole would each have a gradient of its size
+        for qc, pc in zip(qb.split(128), pb.split(128)):  # short runs of queries, so that keys after the run are never touched
+            if n := len(pc):
+                keys = torch.arange(min(K.size(2), round_up(int(pc[-1]) + 1)))
+                if more := round_up(n) - n:
+                    qc, pc = F.pad(qc, (0, 0, 0, 0, 0, more)), F.pad(pc, (0, more))
+                y = F.scaled_dot_product_attention(qc.transpose(0, 1)[None], Kb[None, :, :len(keys)], Vb[None, :, :len(keys)], attn_mask=keys <= pc[:, None])
+                out.append(y[0, :, :n].transpose(0, 1))
+    return F.pad(torch.cat(out), (0, 0, 0, 0, 0, extra)), (K, V)
 
 
 def cached_attention(q, k, v, kv, at):

@@ -747,17 +747,17 @@ def attention_ways(cfg, T, share, device, dtype):
     return ways
 
 
-def training_step(model, x, bf16, **kw):
-    """A step of a plain loop on x (B, T + 1): a function that returns dict(seconds, tokens, and for a model of ours flops and depth). kw: for our forward."""
+def training_step(model, x, bf16, execution='dense', policy=None):
+    """A step of a plain loop on x (B, T + 1): a function that returns dict(seconds, tokens, and for a model of ours flops and depth)."""
     model.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=x.device.type in ('cpu', 'cuda'))
     T, ours = x.size(1) - 1, isinstance(model, AdaPonderLM)
 
     def step():
         nonlocal x
-        x = x.roll(1, 1)  # no two steps halt the same tokens
+        x = x.roll(1, 1)  # gates see other text in every step, and sizes change as they do in training
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-            out = model(x[:, :-1], x[:, 1:], k=0.1, ponder_lambda=0.1, **kw) if ours else model(x[:, :-1])
+            out = model(x[:, :-1], x[:, 1:], k=0.1, ponder_lambda=0.1, execution=execution, policy=policy) if ours else model(x[:, :-1])
             loss = out.loss if ours else F.cross_entropy(out.logits.flatten(0, 1).float(), x[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -769,7 +769,7 @@ def training_step(model, x, bf16, **kw):
         t, out = seconds(step, x.device)
         if not ours:
             return dict(seconds=t, tokens=len(x) * T)
-        ran = out.depth if kw else torch.full_like(out.depth, model.cfg.n_iter)  # dense computes all passes
+        ran = out.depth if execution == 'packed' else torch.full_like(out.depth, model.cfg.n_iter)  # dense computes all passes
         return dict(seconds=t, tokens=len(x) * T, depth=float(ran.double().mean()), flops=3 * float(model.cfg.inference_flops(ran, (T + 1) / 2).sum()))
     return timed
 
@@ -878,7 +878,7 @@ def speed(a):
         made = {'ours, n_iter=1': one, 'transformers, n_iter=1': hf, f'ours, fixed {K}': fixed, f'ours, fixed {K}, remat': again, f'ours, {K} with gates': model}
         steps = {name: training_step(m.float(), x, bf16) for name, m in made.items() if m}
         if cfg.objective != 'paper':  # whose loss needs what only dense computes
-            steps |= {f'packed, {name}': training_step(model, x, bf16, execution='packed', policy=p) for name, p in policies.items()}
+            steps |= {f'packed, {name}': training_step(model, x, bf16, 'packed', p) for name, p in policies.items()}
         rows += race(f'training step {a.prefill}', steps, a.rounds)
     print(f'{a.ckpt or a.config}: {cfg.n_layer} layers, width {cfg.n_embd}, vocabulary {cfg.vocab_size}, K = {K}, {a.dtype} on {a.device}; '
           f'prompts of {a.prompt} tokens, {a.new} new ones a slot; {a.rounds} rounds taken in turn.'

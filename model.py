@@ -132,6 +132,11 @@ def round_up(n):
     return n + -n % 64 if torch.is_grad_enabled() else n
 
 
+def fill(x, n):
+    """x (N, ...) with zeros behind it, up to n rows."""
+    return x if len(x) == n else F.pad(x, (0, 0) * (x.dim() - 1) + (0, n - len(x)))
+
+
 # The three attention functions: attend(q, k, v, kv, at) -> y, kv. q, k, v, y: (..., nh, hs) of the tokens that run.
 # kv holds K and V of every token of the layer; the function puts the fresh k, v of the running tokens into it. This is KV reuse:
 # K^(i) <- where(m^i, K fresh, K^(i-1)).
@@ -153,7 +158,7 @@ def packed_attention(q, k, v, kv, at):
     q, k, v may have more than N rows: what lies behind the tokens is none, and y is 0 there.
     """
     row, pos, counts = at
-    extra = len(q) - len(row)
+    rows = len(q)
     if kv is None or len(row) == kv[0].size(0) * kv[0].size(2):  # everyone is active: the first iteration, at least
         y, kv = dense_attention(*(t.unflatten(0, (len(counts), -1)) for t in (q, k, v)), None, None)
         return y.flatten(0, 1), kv
@@ -163,17 +168,16 @@ def packed_attention(q, k, v, kv, at):
     if q.is_cuda:  # flash attention over every position beats a masked kernel over the active ones
         full = q.new_zeros(K.size(0), K.size(2), *q.shape[1:]).index_put((row, pos), q)  # (B, T, nh, hs)
         y = F.scaled_dot_product_attention(full.transpose(1, 2), K, V, is_causal=True)
-        return F.pad(y.transpose(1, 2)[row, pos], (0, 0, 0, 0, 0, extra)), (K, V)
+        return fill(y.transpose(1, 2)[row, pos], rows), (K, V)
     out = []
     for qb, pb, Kb, Vb in zip(q.split(counts), pos.split(counts), K, V):  # rows of one unbind: slices of the whole would each have a gradient of its size
         for qc, pc in zip(qb.split(128), pb.split(128)):  # short runs of queries, so that keys after the run are never touched
             if n := len(pc):
                 keys = torch.arange(min(K.size(2), round_up(int(pc[-1]) + 1)))
-                if more := round_up(n) - n:
-                    qc, pc = F.pad(qc, (0, 0, 0, 0, 0, more)), F.pad(pc, (0, more))
+                qc, pc = fill(qc, round_up(n)), fill(pc, round_up(n))
                 y = F.scaled_dot_product_attention(qc.transpose(0, 1)[None], Kb[None, :, :len(keys)], Vb[None, :, :len(keys)], attn_mask=keys <= pc[:, None])
                 out.append(y[0, :, :n].transpose(0, 1))
-    return F.pad(torch.cat(out), (0, 0, 0, 0, 0, extra)), (K, V)
+    return fill(torch.cat(out), rows), (K, V)
 
 
 def cached_attention(q, k, v, kv, at):
@@ -600,7 +604,7 @@ class AdaPonderLM(nn.Module):
         E = self.embed_tokens(idx).flatten(0, 1)  # (N, d), N = B * T
         rope = rope_table(pos, self.cfg, E.dtype)
         depth, kvs, hidden = torch.zeros_like(idx), [None] * self.cfg.n_layer, None
-        counts, extra, gates, live, early = [T] * B, 0, [], [], []
+        counts, gates, live, early = [T] * B, [], [], []
         for i in range(max_iter):
             h, kvs = self.backbone(E, rope, packed_attention, kvs, (row, pos, counts))
             n = len(row)
@@ -619,13 +623,12 @@ class AdaPonderLM(nn.Module):
             live.append(torch.zeros_like(ran).index_put((row, pos), on))
             if not on.all():
                 row, pos, s = row[on], pos[on], s[on]
-                extra = round_up(len(row)) - len(row)  # rows of zeros behind the tokens
-                E, h, *rope = (F.pad(t[:n][on], (0, 0) * (t.dim() - 1) + (0, extra)) for t in (E, h, *rope))
+                E, h, *rope = (fill(t[:n][on], round_up(len(row))) for t in (E, h, *rope))
                 counts = torch.bincount(row, minlength=B).tolist()
                 if not len(row):
                     break
-            E = E + self.step_size(F.pad(s, (0, extra)))[:, None].to(E.dtype) * self.ponder(h).to(E.dtype)
-            early.append(targets if targets is None else self.early_nll(h, F.pad(targets[row, pos], (0, extra)))[:len(row)])
+            E = E + self.step_size(fill(s, len(E)))[:, None].to(E.dtype) * self.ponder(h).to(E.dtype)
+            early.append(targets if targets is None else self.early_nll(h, fill(targets[row, pos], len(h)))[:len(row)])
         return hidden, depth, gates, live, early
 
     def forward(self, idx, targets=None, execution='dense', policy=None, tau=None, max_iter=None, halting=None, k=0.0, ponder_lambda=0.0, explore=None):

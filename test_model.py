@@ -1755,7 +1755,7 @@ def test_resume_is_exact_in_every_phase(trained, capsys):
         def at(n, loss):
             if stop and n == (stop - done) * 4 + 1:  # in the middle of a step
                 os.kill(os.getpid(), number)
-        assert run_train(trained / 'data', out, at) == 0
+        assert run_train(trained / 'data', out, at) == (128 + number if stop else 0)
         text = capsys.readouterr().out
         if stop:
             assert f'stopped at step {stop}; the same command goes on from {out}' in text and load_checkpoint(out / 'ckpt.pt')['step'] == stop
@@ -1795,7 +1795,7 @@ def test_savings_are_learned_alike_however_the_run_goes(trained, tmp_path, monke
     def at(n, loss):
         if n == 9 * 4 + 1:
             os.kill(os.getpid(), signal.SIGTERM)
-    assert run_train(trained / 'data', tmp_path / 'b', at, **kw) == run_train(trained / 'data', tmp_path / 'b', **kw) == 0
+    assert run_train(trained / 'data', tmp_path / 'b', at, **kw) == 143 and run_train(trained / 'data', tmp_path / 'b', **kw) == 0
     assert distance(tmp_path / 'a', tmp_path / 'b') == 0 and load_checkpoint(tmp_path / 'b/ckpt.pt')['config'] == state['config']
     (tmp_path / 'run.py').write_text('import sys, torch, train\ntorch.set_default_dtype(torch.float64)\ntrain.main(sys.argv[1:])\n')
     done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', tmp_path / 'run.py',
@@ -1811,7 +1811,7 @@ def test_until_gates_act_a_network_with_them_is_the_one_without(trained, tmp_pat
         if n == 6 * 4:  # ponder_start
             os.kill(os.getpid(), signal.SIGTERM)
     for name, halting in (('with', True), ('without', False)):
-        assert run_train(trained / 'data', tmp_path / name, at, halting=halting, objective='saving', execution='dense', grad_clip=0.05) == 0
+        assert run_train(trained / 'data', tmp_path / name, at, halting=halting, objective='saving', execution='dense', grad_clip=0.05) == 143
     a, b = (load_checkpoint(tmp_path / name / 'ckpt.pt') for name in ('with', 'without'))
     assert a['step'] == b['step'] == 6 and any(n.startswith('gates.') for n in a['model'])
     assert all(torch.equal(a['model'][n], p) for n, p in b['model'].items())
@@ -1927,7 +1927,7 @@ print('codes', codes)
     finally:
         for p in ranks:  # where one fails the other may wait for it
             p.kill()
-    assert [p.returncode for p in ranks] == [0, 0] and all('codes [2, 2, 0, 0]' in text for text in (out, out1)), out + err + out1 + err1
+    assert [p.returncode for p in ranks] == [0, 0] and all('codes [2, 2, 0, 143]' in text for text in (out, out1)), out + err + out1 + err1
     assert 'process 1 has another config than process 0' in err and 'process 1 has another meta.json than process 0' in err
     assert out.count('the gradient is not finite, step skipped (1 in a row)') == 1 and 'step 3: the gradient is not finite' in out
     assert run_train(trained / 'data', tmp_path / 'one', lambda n, loss: loss * math.nan if n == 15 else None) == 0

@@ -470,12 +470,12 @@ def main(argv):
             return 'all' if saving else 'backbone'
         return 'gates' if step < S0 + freeze else 'all'
 
-    def anyone(flag):
-        """True on all processes where it is on one: they decide alike."""
-        flag = torch.tensor(float(bool(flag)))
+    def anyone(number):
+        """The largest number that a process has: they decide alike."""
+        number = torch.tensor(number)
         if world > 1:
-            dist.all_reduce(flag)
-        return bool(flag)
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+        return int(number)
 
     def checkpoint():
         """False if it could not be written."""
@@ -518,7 +518,7 @@ def main(argv):
     peak = peak_flops(device)
     if bf16 and device.type == 'cpu' and (slower := peak / peak_flops(device, torch.bfloat16)) > 2:  # no AVX-512: emulated
         say(f'this CPU multiplies matrices {slower:.0f} times more slowly in bfloat16 than in float32: give --dtype=float32')
-    net, learning, leaving, skipped, saved, seconds, waited, done = model, None, False, 0, True, 0.0, 0.0, step
+    net, learning, leaving, skipped, saved, seconds, waited, done = model, None, 0, 0, True, 0.0, 0.0, step
     bar = tqdm(total=max_steps, initial=step, disable=None if master else True, dynamic_ncols=True, smoothing=0.05)
 
     while True:
@@ -554,7 +554,7 @@ def main(argv):
 
         totals = torch.zeros(5, device=device)  # loss, ce, ponder loss, depth, share of gated iterations that the free tokens did not run
         for j in range(n_micro):
-            if leaving := anyone(stop):
+            if leaving := anyone(max(stop, default=0)):
                 break
             t = time.time()
             x = next(micro_batches)
@@ -645,6 +645,8 @@ def main(argv):
         dist.destroy_process_group()
     if not saved:
         raise SystemExit(1)
+    if leaving:  # what waits for a finished run (&&, afterok) must not start
+        raise SystemExit(128 + leaving)
 
 
 if __name__ == '__main__':

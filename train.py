@@ -470,8 +470,8 @@ def main(argv):
             return 'all' if saving else 'backbone'
         return 'gates' if step < S0 + freeze else 'all'
 
-    def anyone(number):
-        """The largest number that a process has: they decide alike."""
+    def largest(number):
+        """That of all processes, so that they decide alike."""
         number = torch.tensor(number)
         if world > 1:
             dist.all_reduce(number, dist.ReduceOp.MAX)
@@ -554,7 +554,7 @@ def main(argv):
 
         totals = torch.zeros(5, device=device)  # loss, ce, ponder loss, depth, share of gated iterations that the free tokens did not run
         for j in range(n_micro):
-            if leaving := anyone(max(stop, default=0)):
+            if leaving := largest(max(stop, default=0)):
                 break
             t = time.time()
             x = next(micro_batches)

@@ -45,7 +45,7 @@ class AdaPonderConfig:
     norm_eps: float = 1e-5         # LayerNorm's epsilon
     gate_width: float = 4.0        # hidden width of a gate's MLP, in units of n_embd
     gate_bias: float = 4.0         # logit at which gates start: sigmoid(4) = 0.98, open
-    objective: str = 'live'        # what the gates learn: 'saving' what going on will save; 'paper' to close, under pressure; 'live' the same, halted ones count as paid
+    objective: str = 'saving'      # what the gates learn: 'saving' what going on will save; 'paper' to close, under pressure; 'live' the same, halted ones count as paid
     feedback: str = 'embedding'    # what an iteration hands to the next: 'embedding' (PonderLM) or 'hidden' (a loop transformer)
     ponder_norm: bool = False      # a final LayerNorm of its own for what is handed on, so that a token's state need not be prediction and message alike
 

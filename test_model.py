@@ -54,7 +54,7 @@ torch.set_num_threads(1)  # the models are tiny: a second thread costs more than
 def tiny(dtype=torch.float64, open_gates=False, seed=0, **kw):
     """A small model whose gates really halt: about a third of the tokens at each gate."""
     torch.manual_seed(seed)
-    cfg = AdaPonderConfig(**{**dict(vocab_size=61, block_size=32, n_layer=2, n_head=4, n_embd=32, rotary_pct=0.5), **kw})
+    cfg = AdaPonderConfig(**{**dict(vocab_size=61, block_size=32, n_layer=2, n_head=4, n_embd=32, rotary_pct=0.5, objective='live'), **kw})
     model = AdaPonderLM(cfg).to(dtype)
     for name, p in model.named_parameters():  # away from the zeros and ones of the initialisation
         if p.dim() == 1:
@@ -1583,7 +1583,7 @@ def test_standard_library_is_the_default(tmp_path):
 
 # train.py
 
-TINY = dict(block_size=16, n_layer=1, n_head=2, n_embd=16, n_iter=3, tau=0.978, batch_size=2, gradient_accumulation_steps=4, max_steps=20,
+TINY = dict(objective='live', block_size=16, n_layer=1, n_head=2, n_embd=16, n_iter=3, tau=0.978, batch_size=2, gradient_accumulation_steps=4, max_steps=20,
             learning_rate=6e-3, warmup=3, ponder_start=6, ponder_full=12, freeze_backbone=5, k_max=0.3, eval_interval=8, eval_tokens=200, ckpt_interval=5, log_interval=1, sample_tokens=0,
             device='cpu')  # steps 0 .. 5 without gates, 6 .. 10 gates alone, then everything
 

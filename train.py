@@ -60,7 +60,7 @@ class TrainConfig:
     scale_embeds: bool = True
     gate_width: float = 4.0
     gate_bias: float = 4.0
-    objective: str = 'live'           # how gates learn to halt: 'paper', 'live' or 'saving', see AdaPonderConfig
+    objective: str = 'saving'         # how gates learn to halt: 'paper', 'live' or 'saving', see AdaPonderConfig
     feedback: str = 'embedding'       # 'hidden': a loop transformer
     ponder_norm: bool = False         # a LayerNorm of its own for the pondering embedding
     # the two stages

@@ -1,5 +1,5 @@
 # Pythia-2.8B's shape from scratch with AdaPonderLM's settings: 26B tokens of the Pile, 2M a step, the paper's objective.
-# Baselines: --n_iter=1 (Pythia), --halting=False (PonderLM), --feedback=hidden (loop transformer); --objective=live --k_max=0.4 halts more.
+# Baselines: --n_iter=1 (Pythia), --halting=False (PonderLM), --feedback=hidden (loop transformer); --objective=saving --k_max=0.25 skips a quarter of the passes 2 .. 4.
 out_dir = 'out/pythia2.8b'
 data_dir = 'data/pile'     # python prepare_data.py PILE/*.jsonl.zst --tokenizer tokenizer.json --out data/pile --shard_tokens 1e9
 vocab_size = 50304

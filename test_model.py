@@ -2111,6 +2111,13 @@ def test_configs_have_the_published_sizes():
     assert seen >= set(published)
 
 
+def test_model_and_training_have_the_same_defaults():
+    """But for the shape, which train.py has smaller: a setting that means the same in both."""
+    for f in fields(AdaPonderConfig):
+        if f.name not in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd') and hasattr(train.TrainConfig, f.name):
+            assert getattr(train.TrainConfig, f.name) == f.default, f.name
+
+
 # nonsense is refused with a sentence
 
 @pytest.mark.parametrize('kw, words', [

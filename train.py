@@ -60,13 +60,13 @@ class TrainConfig:
     scale_embeds: bool = True
     gate_width: float = 4.0
     gate_bias: float = 4.0
-    objective: str = 'saving'         # how gates learn to halt: 'paper', 'live' or 'saving', see AdaPonderConfig
+    objective: str = 'saving'         # how gates learn to halt: 'saving', 'paper' or 'live', see AdaPonderConfig
     feedback: str = 'embedding'       # 'hidden': a loop transformer
     ponder_norm: bool = False         # a LayerNorm of its own for the pondering embedding
     # the two stages
     ponder_start: Duration = '40%'    # S0: until here plain PonderLM; then the gates act
     ponder_full: Duration = '70%'     # S1: k has risen from 0 at S0 to k_max here
-    k_max: float = 0.4                # fraction of all gate values under pressure; objective 'saving': the share of gated iterations that shall not run
+    k_max: float = 0.4                # share of the gated iterations that shall not run; objectives 'paper' and 'live': fraction of all gate values under pressure
     ponder_lambda: float = 0.1        # weight of the ponder loss
     explore: float = 0.1              # objective 'saving': share of the training tokens that run all iterations, to show what halting costs; all until S0, this at S1, none at the end
     freeze_backbone: Duration = 0     # from S0 on, train the gates alone for this long

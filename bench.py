@@ -167,10 +167,10 @@ def log_probs(model, h):
 
 
 def by_chunks(model, fn, *xs):
-    """fn on runs of tokens, so that the logits of all are never held at once. xs: (..., d) or (...); fn: (N, d) or (N,) each -> (N,)."""
+    """fn on runs of tokens, so that the logits of all are never held at once. xs: (..., d) or (...); fn: (N, d) or (N,) each -> (N, ...)."""
     shape = xs[0].shape[:-1]
     parts = zip(*(x.flatten(0, len(shape) - 1).split(max(1, 2 ** 24 // model.cfg.vocab_size)) for x in xs))
-    return torch.cat([fn(*part) for part in parts]).view(shape)
+    return torch.cat([fn(*part) for part in parts]).unflatten(0, shape)
 
 
 def gate(model):
@@ -203,7 +203,7 @@ def convergence(model):
 
 
 SCORES = dict(learned=gate, confidence=confidence, convergence=convergence)
-POLICIES = ['learned', 'random', 'uniform', 'geometric', 'confidence', 'convergence', 'oracle']
+POLICIES = ['learned', 'random', 'uniform', 'geometric', 'confidence', 'convergence', 'foresight', 'oracle']
 
 
 # ppl: passes over windows of text, x (n, T + 1)
@@ -222,15 +222,26 @@ def measure(model, x, a, policy=None):
     return torch.cat(depth), torch.cat(nll)
 
 
+@torch.inference_mode()
 def profile(model, x, a):
-    """The NLL (n, T, K) that a token has after each iteration when nobody halts: what max_iter = 1 .. K give, from one pass."""
-    nll = torch.zeros(len(x), x.size(1) - 1, model.cfg.n_iter, dtype=torch.float64)
+    """What a token has to gain when nobody halts, from one pass over windows x.
 
-    def score(i, s, h, row, pos):
-        targets = x[row.cpu(), pos.cpu() + 1].to(h.device)
-        return by_chunks(model, lambda h, t: -log_probs(model, h).gather(-1, t[:, None])[:, 0], h, targets)
-    nll[..., -1] = measure(model, x, a, above(score, into=nll))[1]
-    return nll
+    Returns the NLL after each iteration, which is what max_iter = 1 .. K give, and what whoever reads all K predictions, but not the token itself,
+    expects it to be: the cross entropy of each with the last. Both (n, T, K).
+    """
+    def surprise(h, last, targets):  # (N, d), (N, d), (N,) -> (N, 2)
+        p = log_probs(model, h)
+        return torch.stack([-p.gather(-1, targets[:, None])[:, 0], -(log_probs(model, last).exp() * p).sum(-1)], -1)
+    def on(i, s, h, row, pos):
+        seen.append(h)
+        return torch.ones_like(row, dtype=torch.bool)
+    levels = []
+    for part in x.split(a.batch_size):
+        part, seen = part.to(a.device), []
+        with autocast(a):
+            last = model(part[:, :-1], policy=on).hidden
+            levels.append(torch.stack([by_chunks(model, surprise, h, last, part[:, 1:]) for h in [*seen, last]], -1).cpu().double())  # (b, T, 2, K)
+    return torch.cat(levels).unbind(2)
 
 
 def costs(cfg, T, last=None):
@@ -367,7 +378,7 @@ def at_equal_flops(model, x, calib, a, kinds, dials, full):
                          saved=1 - flops / full, depth=float(depth.double().mean()), halted=1 - sum(ran[1:]) / max(1, K - 1), ran=ran, **how, windows=w))
         return rows[-1]
 
-    levels = profile(model, x, a)  # (n, T, K)
+    levels, expected = profile(model, x, a)  # (n, T, K)
     for d in range(1, K + 1):
         add('fixed depth', f'max_iter {d}', torch.full(levels.shape[:2], d), levels[..., d - 1], float(costs(cfg, T, d)[:, d - 1].mean()))
     scores = {k: torch.zeros(len(calib), T, K - 1, dtype=torch.float64) for k in kinds if k in SCORES}
@@ -386,8 +397,8 @@ def at_equal_flops(model, x, calib, a, kinds, dials, full):
                     continue  # out of this policy's reach
                 how = dict(threshold=calibrate(model, calib, a, kind, cost, target, scores[kind]))
                 policy = above(SCORES[kind](model), how['threshold'])
-            elif kind == 'oracle':
-                best = oracle_depth(levels, cost, target)
+            elif kind in ('foresight', 'oracle'):
+                best = oracle_depth(expected if kind == 'foresight' else levels, cost, target)
                 policy = lambda i, s, h, row, pos: best.to(s.device)[row, pos] > i + 1  # noqa: E731
             elif kind != 'random' or learned:
                 how = dict(shares=learned['ran'][1:] if kind == 'random' else schedule(kind, cost.mean(0).tolist(), target))

@@ -2195,10 +2195,14 @@ def test_blind_policies_hit_their_shares_on_every_execution():
 def test_profile_and_scores_against_passes_that_stop_early():
     m, x = tiny(), val_windows()
     outs = [m(x[:, :-1], x[:, 1:], tau=0.0, max_iter=d) for d in (1, 2, 3, 4)]
-    levels = bench.profile(m, x, OPTIONS)
+    levels, expected = bench.profile(m, x, OPTIONS)
+    P = [out.logits.softmax(-1) for out in outs]
     for d, out in enumerate(outs):
         assert torch.allclose(levels[..., d], out.nll.double(), atol=1e-6)
-    P = [out.logits.softmax(-1) for out in outs]
+        assert torch.allclose(expected[..., d], -sum(P[3][..., v] * P[d][..., v].log() for v in range(m.cfg.vocab_size)).double(), atol=1e-6)
+    one = tiny(n_iter=1)
+    assert all(torch.allclose(t[..., 0], want.double(), atol=1e-6) for t, want in zip(bench.profile(one, x, OPTIONS), (
+        one(x[:, :-1], x[:, 1:]).nll, torch.distributions.Categorical(logits=one(x[:, :-1]).logits).entropy())))
     for kind, wanted in [('learned', [outs[3].gates[..., i] for i in range(3)]), ('confidence', [-p.max(-1).values for p in P[:3]]),
                          ('convergence', [(P[i - 1] * (P[i - 1] / P[i]).log()).sum(-1) if i else torch.full(x[:, 1:].shape, math.inf) for i in range(3)])]:
         got = torch.zeros(6, 32, 3, dtype=torch.float64)
@@ -2297,7 +2301,7 @@ def test_ppl_and_results(tmp_path, capsys):
     for r in got['rows']:
         if r['policy'] != 'fixed depth':
             near = rows.get((r['model'], 'learned', r['dial']), dict(saved=r['dial']))['saved']
-            assert abs(r['saved'] - near) < (0.1 if r['policy'] != 'oracle' else 0.3), (r['model'], r['policy'], r['dial'])  # 12 windows set it
+            assert abs(r['saved'] - near) < (0.3 if r['policy'] in ('foresight', 'oracle') else 0.1), (r['model'], r['policy'], r['dial'])  # 12 windows set it
     random = rows['adaptive', 'random', 'own']
     assert np.allclose(random['shares'], own['ran'][1:]) and np.allclose(random['ran'], own['ran'], atol=0.05)
     assert rows['fixed', 'confidence', 0.2]['nll'] > 0 and ('fixed', 'random', 0.2) not in rows and ('vanilla', 'fixed depth', 'max_iter 1') in rows

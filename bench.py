@@ -229,18 +229,20 @@ def profile(model, x, a):
     Returns the NLL after each iteration, which is what max_iter = 1 .. K give, and what whoever reads all K predictions, but not the token itself,
     expects it to be: the cross entropy of each with the last. Both (n, T, K).
     """
-    def surprise(h, last, targets):  # (N, d), (N, d), (N,) -> (N, 2)
-        p = log_probs(model, h)
-        return torch.stack([-p.gather(-1, targets[:, None])[:, 0], -(log_probs(model, last).exp() * p).sum(-1)], -1)
+    def surprise(*xs):  # K times (N, d), then (N,) -> (N, 2, K)
+        p = torch.stack([log_probs(model, h) for h in xs[:-1]], -1)  # (N, vocab, K)
+        seen = p.gather(1, xs[-1][:, None, None].expand(-1, 1, p.size(-1)))[:, 0]
+        return -torch.stack([seen, (p[..., -1:].exp() * p).sum(1)], 1)
+
     def on(i, s, h, row, pos):
-        seen.append(h)
+        states.append(h)
         return torch.ones_like(row, dtype=torch.bool)
     levels = []
     for part in x.split(a.batch_size):
-        part, seen = part.to(a.device), []
+        part, states = part.to(a.device), []
         with autocast(a):
             last = model(part[:, :-1], policy=on).hidden
-            levels.append(torch.stack([by_chunks(model, surprise, h, last, part[:, 1:]) for h in [*seen, last]], -1).cpu().double())  # (b, T, 2, K)
+            levels.append(by_chunks(model, surprise, *states, last, part[:, 1:]).cpu().double())
     return torch.cat(levels).unbind(2)
 
 

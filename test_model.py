@@ -2301,7 +2301,7 @@ def test_ppl_and_results(tmp_path, capsys):
     for r in got['rows']:
         if r['policy'] != 'fixed depth':
             near = rows.get((r['model'], 'learned', r['dial']), dict(saved=r['dial']))['saved']
-            assert abs(r['saved'] - near) < (0.3 if r['policy'] in ('foresight', 'oracle') else 0.1), (r['model'], r['policy'], r['dial'])  # 12 windows set it
+            assert abs(r['saved'] - near) < (0.1 if r['policy'] != 'oracle' else 0.3), (r['model'], r['policy'], r['dial'])  # 12 windows set it
     random = rows['adaptive', 'random', 'own']
     assert np.allclose(random['shares'], own['ran'][1:]) and np.allclose(random['ran'], own['ran'], atol=0.05)
     assert rows['fixed', 'confidence', 0.2]['nll'] > 0 and ('fixed', 'random', 0.2) not in rows and ('vanilla', 'fixed depth', 'max_iter 1') in rows

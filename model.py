@@ -1,27 +1,27 @@
 """
-AdaPonderLM: a language model in which every token decides how many passes through the network it needs.
+AdaPonderLM: a language model in which every token decides how many iterations through the network it needs.
 
 Notable choices, in reading order:
-- The backbone is GPT-NeoX (Pythia): parallel attention and MLP, partial rotary, LayerNorm with bias, untied embeddings.
-- It runs n_iter times through the same weights. Between two iterations a token's input moves by its pondering
+- The backbone is GPT-NeoX (Pythia): attention and MLP in parallel, partial rotary, LayerNorm with bias, untied embeddings.
+- It runs n_iter times through the same weights. Between two iterations each token's input moves by its pondering
   embedding, the expected embedding of its next token (PonderLM, arXiv 2505.20674).
-- After each iteration a gate MLP of its own judges every token: one whose gate falls under tau halts for good (AdaPonderLM, arXiv 2603.01914).
-- A halted token keeps its hidden state and its K/V, so later iterations cannot change anything about it. Hence three
-  executions of one function: dense (training), packed (only active tokens run), cached (decoding). They share `Block`;
-  only the attention function that is handed to it differs.
-- cfg.n_iter=1 is vanilla Pythia, cfg.halting=False is fixed-depth PonderLM: same code, same weights.
+- After each iteration a gate, a small MLP of its own, judges every token: where it falls under tau, the token halts
+  for good (AdaPonderLM, arXiv 2603.01914).
+- A halted token keeps its hidden state and its keys and values, so later iterations cannot change anything about it.
+  Hence three executions compute one function: dense (training), packed (only active tokens run) and cached (decoding).
+  All three are the one loop in iterate(); only the attention function that is handed to the blocks differs.
+- n_iter=1 is vanilla Pythia, halting=False is fixed-depth PonderLM: the same code and weights.
 
-This file needs torch and nothing else: copy it into your project.
+This file needs torch and nothing else (from_pretrained and save_pretrained also transformers): copy it into your project.
 """
 import json
 import math
 import os
-import sys
-import zipfile
-from collections import deque
-from dataclasses import dataclass, fields
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Callable, NamedTuple, Optional
+from typing import Optional
 
 import torch
 import torch.nn as nn
@@ -31,23 +31,25 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class AdaPonderConfig:
-    vocab_size: int = 50304        # tokens in the embedding tables (pad to a multiple of 64)
+    vocab_size: int = 50304        # rows of the embedding tables (pad to a multiple of 64)
     block_size: int = 2048         # longest context, tokens
     n_layer: int = 6               # blocks in one iteration
     n_head: int = 8                # attention heads a block
-    n_embd: int = 512              # width d of the residual stream; the MLPs are 4 d wide
-    n_iter: int = 4                # K, passes through the backbone; 1 is vanilla Pythia
-    halting: bool = True           # learned per-token depth; False is fixed-depth PonderLM
-    tau: float = 1e-4              # a token halts when its gate, in (0, 1), falls under this (objective 'saving': nats a pass; training sets it)
+    n_embd: int = 512              # width d of the residual stream; the blocks' MLPs are 4 d wide
+    n_iter: int = 4                # K, iterations through the backbone; 1 is vanilla Pythia
+    halting: bool = True           # gates decide each token's depth; False is fixed-depth PonderLM
+    tau: float = 1e-4              # a token halts when its gate, in (0, 1), falls under this; 'saving' moves it in training
     rotary_pct: float = 0.25       # share of each head's dimensions that rotate
-    rotary_base: float = 10000.0   # longest rotary wavelength is 2 pi times about this, positions
-    scale_embeds: bool = True      # multiply embeddings by sqrt(d), in E and in P V alike
+    rotary_base: float = 10000.0   # sets the longest rotary wavelength, 2 pi times about this, in positions
+    scale_embeds: bool = True      # multiply embeddings by sqrt(d), in E^0 and in P V alike
+    multiply_pondering_steps: bool = False  # multiply E^0 by n_iter - 1 too, as PonderLM's 410M, 1B and 1.4B do
     norm_eps: float = 1e-5         # LayerNorm's epsilon
     gate_width: float = 4.0        # hidden width of a gate's MLP, in units of n_embd
     gate_bias: float = 4.0         # logit at which gates start: sigmoid(4) = 0.98, open
-    objective: str = 'saving'      # what the gates learn: 'saving' what going on will save; 'paper' to close, under pressure; 'live' the same, halted ones count as paid
-    feedback: str = 'embedding'    # what an iteration hands to the next: 'embedding' (PonderLM) or 'hidden' (a loop transformer)
-    ponder_norm: bool = False      # a final LayerNorm of its own for what is handed on, so that a token's state need not be prediction and message alike
+    objective: str = 'saving'      # gates learn to predict what going on saves ('saving'), or to close ('paper')
+    feedback: str = 'embedding'    # what an iteration hands on: 'embedding' (PonderLM) or 'hidden' (a looped transformer)
+    ponder_norm: bool = False      # give what is handed on a final LayerNorm of its own
+    early_ce: float = 0.0          # weight of the cross entropy after each iteration but the last (arXiv 2607.20519)
 
     def __post_init__(self):
         for f in fields(self):
@@ -57,20 +59,22 @@ class AdaPonderConfig:
             if type(value) is not f.type:
                 raise ValueError(f'{f.name} must be of type {f.type.__name__}, not {value!r}')
         for name in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd', 'n_iter'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'{name} must be at least 1, not {getattr(self, name)}')
-        if not 1 <= self.gate_width * self.n_embd < math.inf:
-            raise ValueError(f'gate_width {self.gate_width} times n_embd {self.n_embd} must be at least 1, and finite')
+            if not 1 <= getattr(self, name) < 2 ** 31:
+                raise ValueError(f'{name} must be at least 1 and below 2^31, not {getattr(self, name)}')
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})')
+        if not 1 <= self.gate_width * self.n_embd < 2 ** 31:
+            raise ValueError(f'gate_width ({self.gate_width}) times n_embd must be at least 1, and finite')
         if not 0 <= self.tau < 1:
             raise ValueError(f'tau must be in [0, 1), not {self.tau}')
         if not 0 <= self.rotary_pct <= 1 or self.rotary_dims % 2:
-            raise ValueError(f'rotary_pct ({self.rotary_pct}) of a head of {self.head_size} must be an even number of dimensions')
-        if not self.rotary_base > 0 or not self.norm_eps > 0:
-            raise ValueError('rotary_base and norm_eps must be positive')
-        if self.objective not in ('saving', 'live', 'paper'):
-            raise ValueError(f"objective must be 'saving', 'live' or 'paper', not {self.objective!r}")
+            raise ValueError(f'rotary_pct ({self.rotary_pct}) of a head of {self.head_size} must be an even number')
+        if not 0 < self.rotary_base < math.inf or not 0 < self.norm_eps < 1 or not math.isfinite(self.gate_bias):
+            raise ValueError('rotary_base must be positive, norm_eps in (0, 1), gate_bias a number')
+        if not 0 <= self.early_ce < math.inf:
+            raise ValueError(f'early_ce must not be negative, and is {self.early_ce}')
+        if self.objective not in ('saving', 'paper'):
+            raise ValueError(f"objective must be 'saving' or 'paper', not {self.objective!r}")
         if self.feedback not in ('embedding', 'hidden'):
             raise ValueError(f"feedback must be 'embedding' or 'hidden', not {self.feedback!r}")
 
@@ -91,10 +95,10 @@ class AdaPonderConfig:
         return math.sqrt(self.n_embd) if self.scale_embeds else 1.0
 
     def flops(self, context):
-        """Forward FLOPs of one token that attends to `context` keys (in a causal pass over T tokens: (T + 1) / 2 on average).
+        """Forward FLOPs of one token that attends to `context` keys ((T + 1) / 2 on average in a causal pass over T tokens).
 
-        Multiplications and additions of the matrix products, two per multiply-add; norms, softmax and GELU are left out.
-        linear and attention are paid once an iteration, gate and ponder once after each iteration but the last, unembed once.
+        Two for each multiply-add of a matrix product; norms, softmax and GELU are left out. 'linear' and 'attention' are
+        paid once an iteration, 'gate' and 'ponder' once after each iteration but the last, 'unembed' once a token.
         """
         d = self.n_embd
         return dict(
@@ -104,125 +108,83 @@ class AdaPonderConfig:
             ponder=4 * d * self.vocab_size if self.feedback == 'embedding' else 0,  # h U^T and P V
             unembed=2 * d * self.vocab_size)
 
-    def inference_flops(self, depth, context, last=None):
-        """Forward FLOPs of one token that ran `depth` iterations (int or tensor, 1 .. last; last: max_iter, default n_iter)."""
+    def inference_flops(self, depth, context, max_iter=None):
+        """Forward FLOPs of a token that ran `depth` iterations (a number or tensor, 1 .. max_iter; default n_iter)."""
         f = self.flops(context)
-        gates = depth - (depth == (last or self.n_iter)) * 1  # the last iteration has no gate
+        gates = depth - (depth == (max_iter or self.n_iter)) * 1  # the last iteration has no gate
         return depth * (f['linear'] + f['attention']) + gates * f['gate'] + (depth - 1) * f['ponder'] + f['unembed']
 
 
+# -----------------------------------------------------------------------------
+# One iteration: rotary positions, attention, blocks
+
 def rope_table(pos, cfg, dtype):
-    """cos and sin of the rotary angles at positions pos (...): two tensors (..., 1, rotary_dims / 2). Angles in float64: exact at any length."""
-    high = torch.float32 if pos.device.type == 'mps' else torch.float64
-    freq = cfg.rotary_base ** (-torch.arange(0, cfg.rotary_dims, 2, device=pos.device, dtype=high) / max(cfg.rotary_dims, 1))
-    angle = (pos.to(high)[..., None] * freq).unsqueeze(-2)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    """cos and sin of the rotary angles at positions pos (T,): two tensors (T, 1, rotary_dims / 2).
+
+    The angles are computed in float64, so that they are exact at any length, and on the CPU, since MPS has no float64.
+    """
+    freq = cfg.rotary_base ** (-torch.arange(0, cfg.rotary_dims, 2, dtype=torch.float64) / max(cfg.rotary_dims, 1))
+    angle = (pos.cpu().double()[:, None] * freq)[:, None]
+    return angle.cos().to(pos.device, dtype), angle.sin().to(pos.device, dtype)
 
 
 def rotate(x, rope):
-    """Rotate the first rotary_dims of each head, GPT-NeoX style: dimension j pairs with j + rotary_dims / 2. x: (..., nh, hs)."""
+    """Rotate the first rotary_dims of each head as GPT-NeoX does: dimension j pairs with j + rotary_dims / 2."""
     cos, sin = (t.to(x.dtype) for t in rope)
     half = cos.size(-1)
-    a, b, rest = x.split([half, half, x.size(-1) - 2 * half], dim=-1)
+    a, b, rest = x.split([half, half, x.size(-1) - 2 * half], dim=-1)  # x: (..., nh, hs)
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
 
-def round_up(n):
-    """How many rows n tokens of packed training take: for bfloat16 a kernel is made whenever a matrix product has a new size, and odd ones fit badly."""
-    return n + -n % 64 if torch.is_grad_enabled() else n
+# The three attention functions: attend(q, k, v, kv, at) -> y, kv. q, k, v, y belong to the tokens that run. kv holds the
+# keys and values of all tokens of this layer, and the function puts those of the running tokens in their place. This is
+# KV reuse: K^(i) <- where(m^i, K fresh, K^(i-1)). `at` says which tokens run; None: all of them.
 
-
-def fill(x, n):
-    """x (N, ...) with zeros behind it, up to n rows."""
-    return x if len(x) == n else F.pad(x, (0, 0) * (x.dim() - 1) + (0, n - len(x)))
-
-
-# The three attention functions: attend(q, k, v, kv, at) -> y, kv. q, k, v, y: (..., nh, hs) of the tokens that run.
-# kv holds K and V of every token of the layer; the function puts the fresh k, v of the running tokens into it. This is KV reuse:
-# K^(i) <- where(m^i, K fresh, K^(i-1)).
-
-def dense_attention(q, k, v, kv, m):
-    """All tokens run; m (B, T) bool keeps the K/V of halted ones as they were. q, k, v: (B, T, nh, hs); kv: two (B, nh, T, hs) or None."""
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs)
-    if kv is not None:
-        keep = m[:, None, :, None]
-        k, v = torch.where(keep, k, kv[0]), torch.where(keep, v, kv[1])
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+def dense_attention(q, k, v, kv, at):
+    """All tokens run; the mask at (B, T) bool keeps the K/V of halted ones. q, k, v: (B, T, nh, hs), kv: two of these."""
+    if at is not None:
+        k, v = (torch.where(at[..., None, None], new, old) for new, old in zip((k, v), kv))
+    y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True)  # (B, nh, T, hs)
     return y.transpose(1, 2), (k, v)
 
 
 def packed_attention(q, k, v, kv, at):
-    """Only the active tokens run. q, k, v: (N, nh, hs), in order of row, then position; kv: two (B, nh, T, hs) or None.
+    """The tokens with flat indices at[1] (N,) run. q, k, v: (N, nh, hs), kv: two (B, T, nh, hs).
 
-    at: (row, pos, counts), which tokens these are: row, pos (N,); counts: how many there are in each row, a list of length B.
-    q, k, v may have more than N rows: what lies behind the tokens is none, and y is 0 there.
+    Their queries are put at their places, because a causal kernel over whole sequences beats a masked one over some.
     """
-    row, pos, counts = at
-    rows = len(q)
-    if kv is None or len(row) == kv[0].size(0) * kv[0].size(2):  # everyone is active: the first iteration, at least
-        y, kv = dense_attention(*(t.unflatten(0, (len(counts), -1)) for t in (q, k, v)), None, None)
-        return y.flatten(0, 1), kv
-    q, k, v = (t[:len(row)] for t in (q, k, v))
-    K, V = (old.index_put((row[:, None], torch.arange(old.size(1), device=row.device), pos[:, None]), new)
-            for old, new in zip(kv, (k, v)))
-    if q.is_cuda:  # flash attention over every position beats a masked kernel over the active ones
-        full = q.new_zeros(K.size(0), K.size(2), *q.shape[1:]).index_put((row, pos), q)  # (B, T, nh, hs)
-        y = F.scaled_dot_product_attention(full.transpose(1, 2), K, V, is_causal=True)
-        return fill(y.transpose(1, 2)[row, pos], rows), (K, V)
-    out = []
-    for qb, pb, Kb, Vb in zip(q.split(counts), pos.split(counts), K, V):  # rows of one unbind: slices of the whole would each have a gradient of its size
-        for qc, pc in zip(qb.split(128), pb.split(128)):  # short runs of queries, so that keys after the run are never touched
-            if n := len(pc):
-                keys = torch.arange(min(K.size(2), round_up(int(pc[-1]) + 1)))
-                qc, pc = fill(qc, round_up(n)), fill(pc, round_up(n))
-                y = F.scaled_dot_product_attention(qc.transpose(0, 1)[None], Kb[None, :, :len(keys)], Vb[None, :, :len(keys)], attn_mask=keys <= pc[:, None])
-                out.append(y[0, :, :n].transpose(0, 1))
-    return fill(torch.cat(out), rows), (K, V)
+    index = at[1]
+    if index is None:  # the first iteration: q, k, v are (B, T, nh, hs)
+        return dense_attention(q, k, v, None, None)
+    shape = kv[0].shape
+    k, v = (old.flatten(0, 1).index_copy(0, index, new.to(old.dtype)).view(shape) for old, new in zip(kv, (k, v)))
+    q = torch.zeros_like(k).flatten(0, 1).index_copy(0, index, q.to(k.dtype)).view(shape)
+    y, kv = dense_attention(q, k, v, None, None)
+    return y.flatten(0, 1).index_select(0, index), kv
 
 
 def cached_attention(q, k, v, kv, at):
-    """One token of each of N slots runs. q, k, v: (N, nh, hs); kv: two (slots, n_iter, nh, L, hs), written in place.
+    """One new token of each sequence, in iteration at[0]; sequences at[1] (N,) run. q, k, v: (N, nh, hs) or (B, 1, nh, hs).
 
-    at: (slot, it, pos, where, length). slot, pos: (N,) int64. it: (N,) int64, or an int if all are at the same iteration and the slots are 0 .. N - 1.
-    where: the same as a list of (slot, it, pos), to look at each slot's own part of the caches; None for shapes that never change: then
-    the first `length` positions are looked at, under a mask.
+    kv: the layer's cache (2, B, n_iter, nh, L, hs), written in place; the new token's place is the last of L.
     """
-    slot, it, pos, where, length = at
-    for cache, new in zip(kv, (k, v)):
-        cache[slot, it, :, pos] = new
-    if where is None:  # a view where all are at one iteration, else a copy
-        K, V = (cache[:, it, :, :length] if isinstance(it, int) else cache[slot, it, :, :length] for cache in kv)
-        mask = (torch.arange(length, device=q.device) <= pos[:, None])[:, None, None]
-        return F.scaled_dot_product_attention(q[:, :, None], K, V, attn_mask=mask)[:, :, 0], kv
-    y = [F.scaled_dot_product_attention(q[n:n + 1, :, None], kv[0][b, i, None, :, :p + 1], kv[1][b, i, None, :, :p + 1])
-         for n, (b, i, p) in enumerate(where)]  # views: no copy of a cache, and no slot pays for another's length
-    return torch.cat(y)[:, :, 0], kv
-
-
-class Linear(nn.Linear):
-    def forward(self, x):
-        if few(x, 8):
-            # The weights on the left, and never one column: BLAS would take a matrix-vector product, which is one thread's work
-            rows = x if len(x) > 1 else x.repeat(2, 1)
-            y = self.weight @ rows.t() if self.bias is None else torch.addmm(self.bias[:, None], self.weight, rows.t())
-            return y.t()[:len(x)].contiguous()
-        return super().forward(x)
-
-
-def few(x, most):
-    """A decoding step of few tokens on a CPU, where the usual order of a matrix product is up to four times slower than the best."""
-    return x.device.type == 'cpu' and x.dim() == 2 and len(x) <= most and x.element_size() >= 4 and not torch.is_grad_enabled()
+    i, row = at
+    row = slice(None) if row is None else row
+    for cache, new in zip(kv, (k, v)):  # into the later iterations too: that is what they see if the token halts here
+        cache[..., -1, :][row, i:] = new.view(-1, 1, *new.shape[-2:])
+    y = F.scaled_dot_product_attention(q.view(-1, *q.shape[-2:])[:, :, None], kv[0][row, i], kv[1][row, i])
+    return y.view_as(q), kv
 
 
 class Attention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.n_head = cfg.n_head
-        self.qkv = Linear(cfg.n_embd, 3 * cfg.n_embd)  # rows in GPT-NeoX's order: for each head its q, k, v
-        self.proj = Linear(cfg.n_embd, cfg.n_embd)
+        self.qkv = nn.Linear(cfg.n_embd, 3 * cfg.n_embd)  # rows in GPT-NeoX's order: for each head its q, k, v
+        self.proj = nn.Linear(cfg.n_embd, cfg.n_embd)
 
     def forward(self, x, rope, attend, kv, at):
-        q, k, v = self.qkv(x).unflatten(-1, (self.n_head, -1)).chunk(3, dim=-1)  # (..., nh, hs)
+        q, k, v = self.qkv(x).unflatten(-1, (self.n_head, -1)).chunk(3, dim=-1)  # (..., nh, hs) each
         y, kv = attend(rotate(q, rope), rotate(k, rope), v, kv, at)
         return self.proj(y.flatten(-2)), kv
 
@@ -230,15 +192,15 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, n_in, n_hidden, n_out):
         super().__init__()
-        self.fc = Linear(n_in, n_hidden)
-        self.proj = Linear(n_hidden, n_out)
+        self.fc = nn.Linear(n_in, n_hidden)
+        self.proj = nn.Linear(n_hidden, n_out)
 
     def forward(self, x):
         return self.proj(F.gelu(self.fc(x)))
 
 
 class Block(nn.Module):
-    """One GPT-NeoX layer, for tokens in any arrangement: x (..., d). How they see each other is `attend`'s business."""
+    """One GPT-NeoX layer, for tokens in any arrangement: x (..., d). How they see each other is the attention function's."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -249,7 +211,7 @@ class Block(nn.Module):
 
     def forward(self, x, rope, attend, kv, at):
         y, kv = self.attn(self.ln_1(x), rope, attend, kv, at)
-        return x + (y + self.mlp(self.ln_2(x))), kv  # the small ones first: in bfloat16 the sum is rounded to the size of x once
+        return x + (y + self.mlp(self.ln_2(x))), kv  # the small terms first: in bfloat16 the sum is rounded to x's size
 
 
 class Gate(MLP):
@@ -260,37 +222,44 @@ class Gate(MLP):
         return torch.sigmoid(g.to(torch.promote_types(g.dtype, torch.float32)))
 
 
-def matrix_dtype(table):
-    """What the products with this table are computed in, and what their results are summed in."""
-    kind = table.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else table.dtype
-    return dtype, torch.promote_types(dtype, torch.float32)
+class Affine(nn.Module):
+    """The scale and shift that a LayerNorm ends with; applied to another LayerNorm's output it makes a second one."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d))
+        self.bias = nn.Parameter(torch.zeros(d))
+
+    def forward(self, x):
+        return x * self.weight + self.bias
 
 
 class CrossEntropy(torch.autograd.Function):
-    """The sum of -log softmax(h U^T)[target] over tokens, and its terms. h: (N, d), U: (V, d), targets: (N,) -> (), (N,) nats; 0 where target is -1.
+    """-log softmax(h U^T)[target]: the sum over tokens, and each token's own. h: (N, d), U: (V, d), targets: (N,).
 
-    The gradients are made in the same pass: the logits of at most `chunk` tokens live at a time, and are computed once.
+    Negative targets are ignored. The gradients are made in the forward pass, a chunk of tokens at a time, so that the
+    logits of all tokens never exist and are computed once (recomputing them in backward takes 1.8 times as long).
     """
 
     @staticmethod
     def forward(ctx, h, U, targets, chunk):
-        dtype, wide = matrix_dtype(U)
-        u, nlls, dhs, dU = U.to(dtype), [], [], torch.zeros_like(U) if ctx.needs_input_grad[1] else None
-        chunk = math.ceil(len(h) / max(1, math.ceil(len(h) / chunk))) or 1  # equal runs
-        for x, t in zip(h.to(dtype).split(chunk), targets.split(chunk)):
-            at, counts = t.clamp(min=0)[:, None], (t != -1)[:, None]
-            p = (x @ u.t()).to(wide)  # (n, V): logits, then in place exp(logits - top)
-            hit, top = p.gather(-1, at), p.amax(-1, keepdim=True)
-            z = p.sub_(top).exp_().sum(-1, keepdim=True)
-            nlls.append(((z.log() + top - hit) * counts).squeeze(-1))
-            if any(ctx.needs_input_grad):
-                p = p.scatter_add_(-1, at, -z).to(dtype)  # softmax less 1 at the target, times z
-                w = counts / z
-                dhs.append((p @ u) * w)
+        device = U.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else U.dtype
+        u, nlls, dhs = U.to(dtype), [], []
+        dU = torch.zeros_like(U) if ctx.needs_input_grad[1] else None
+        for x, target in zip(h.to(dtype).split(chunk), targets.split(chunk)):
+            logits = (x @ u.t()).to(torch.promote_types(dtype, torch.float32))  # (n, V)
+            counts = (target >= 0)[:, None]
+            target = target.clamp(min=0)[:, None]
+            log_p = logits.log_softmax(-1)
+            nlls.append(-(log_p.gather(-1, target) * counts).squeeze(-1))
+            if any(ctx.needs_input_grad):  # d nll / d logits = softmax - 1 at the target
+                p = log_p.exp_().scatter_add_(-1, target, torch.full_like(target, -1, dtype=log_p.dtype))
+                p = (p * counts).to(dtype)
+                dhs.append(p @ u)
                 if dU is not None:
-                    dU.addmm_(p.t(), x * w) if dtype == U.dtype else dU.add_(p.t() @ (x * w).to(dtype))
-            del p  # else it lives until the next one is there
+                    dU += p.t() @ x
+            del logits, log_p  # else they live beside the next chunk's
         ctx.save_for_backward(torch.cat(dhs).to(h.dtype) if dhs else None, dU)
         nll = torch.cat(nlls)
         ctx.mark_non_differentiable(nll)
@@ -298,831 +267,508 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g, _):
-        return *(None if d is None else d.mul_(g.to(d.dtype)) for d in ctx.saved_tensors), None, None
-
-
-class ExpectedRow(torch.autograd.Function):
-    """softmax(h U^T) V, the rows of V weighted by probability. h: (N, d), U, V: (vocab, d) -> (N, d).
-
-    This is attention of h over the rows of U: a running maximum and sum let it go through the vocabulary in blocks, so that no more than
-    N x block logits live at a time, in backward too, where they are computed again.
-    """
-
-    @staticmethod
-    def forward(ctx, h, U, V, block):
-        dtype, wide = ctx.dtypes = matrix_dtype(U)
-        ctx.block = block
-        x, e = h.to(dtype), torch.zeros_like(h, dtype=wide)
-        top, z = x.new_full((len(h), 1), -math.inf, dtype=wide), x.new_zeros(len(h), 1, dtype=wide)
-        for u, v in zip(U.to(dtype).split(block), V.to(dtype).split(block)):
-            p = (x @ u.t()).to(wide)  # (N, block): logits, then in place exp(logits - top)
-            old, top = top, torch.maximum(top, p.amax(-1, keepdim=True))
-            p, shrink = p.sub_(top).exp_(), (old - top).exp_()
-            z = z.mul_(shrink).add_(p.sum(-1, keepdim=True))
-            e.mul_(shrink).add_(p.to(dtype) @ v)
-        e /= z
-        logsum = top + z.log()
-        ctx.save_for_backward(h, U, V, e, logsum)
-        return e.to(h.dtype)
-
-    @staticmethod
-    def backward(ctx, g):
-        h, U, V, e, logsum = ctx.saved_tensors
-        dtype, wide = ctx.dtypes
-        dh, dU, dV = (torch.zeros_like(t, dtype=wide) if need else None for t, need in zip((h, U, V), ctx.needs_input_grad))
-        x, along = h.to(dtype), (g * e).sum(-1, keepdim=True)
-        g = g.to(dtype)
-        for at, (u, v) in enumerate(zip(U.to(dtype).split(ctx.block), V.to(dtype).split(ctx.block))):
-            rows = slice(at * ctx.block, (at + 1) * ctx.block)
-            p = (x @ u.t()).to(wide).sub_(logsum).exp_()
-            if dV is not None:
-                dV[rows] = p.to(dtype).t() @ g
-            p = (g @ v.t()).to(wide).sub_(along).mul_(p).to(dtype)
-            if dU is not None:
-                dU[rows] = p.t() @ x
-            if dh is not None:
-                dh += p @ u
-        return *(None if d is None else d.to(t.dtype) for d, t in zip((dh, dU, dV), (h, U, V))), None
-
-
-class Affine(nn.Module):
-    """What a LayerNorm ends with. Two LayerNorms of one input differ in nothing else, so this makes the second from the first. (..., d) -> (..., d)."""
-
-    def __init__(self, d):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(d)), nn.Parameter(torch.zeros(d))
-
-    def forward(self, x):
-        return x * self.weight + self.bias
+        dh, dU = ctx.saved_tensors
+        return dh * g.to(dh.dtype), None if dU is None else dU * g.to(dU.dtype), None, None
 
 
 @dataclass
 class Output:
-    hidden: torch.Tensor                         # (B, T, d) each token's last state, the final LayerNorm included
-    depth: torch.Tensor                          # (B, T) int64, iterations that ran, 1 .. n_iter
-    gates: torch.Tensor                          # (B, T, n_iter - 1) gate values; 0 where the token had halted before
-    unembed: Callable                            # hidden -> logits
-    nll: Optional[torch.Tensor] = None           # (B, T) nats, detached; 0 where the target is -1
-    ce_loss: Optional[torch.Tensor] = None       # () mean of nll, nats a token
-    ponder_loss: Optional[torch.Tensor] = None   # () what the gates learn from beside cross entropy, see ponder_loss and saving_loss
-    loss: Optional[torch.Tensor] = None          # () ce_loss + ponder_lambda * ponder_loss
+    hidden: torch.Tensor                        # (B, T, d) each token's last state, final LayerNorm included
+    depth: torch.Tensor                         # (B, T) int64, iterations that ran, 1 .. n_iter
+    records: list                               # for each iteration but the last: (index, s, on, h), see iterate()
+    model: nn.Module
+    nll: Optional[torch.Tensor] = None          # (B, T) nats, detached; 0 where the target is negative
+    ce_loss: Optional[torch.Tensor] = None      # () mean of nll over the targets that count
+    ponder_loss: Optional[torch.Tensor] = None  # () what the gates learn from, see saving_loss() and paper_loss()
+    loss: Optional[torch.Tensor] = None         # () what to train on
 
     @property
     def logits(self):
         """(B, T, vocab), computed when asked for: training never holds them."""
-        return self.unembed(self.hidden)
+        return self.model.unembed(self.hidden)
+
+    @property
+    def gates(self):
+        """(B, T, n_iter - 1) gate values; 0 where a token had halted before, 1 in a network without gates."""
+        values = self.hidden.new_zeros(self.model.cfg.n_iter - 1, self.depth.numel())
+        for row, (index, s, on, h) in zip(values, self.records):
+            row[index] = s.detach().to(row.dtype)
+        return values.t().unflatten(0, self.depth.shape)
 
 
-class Step(NamedTuple):
-    """One generated token. depth and gates are those of the position that predicted it: the compute spent on finding this token."""
-    seq: int      # index of the prompt that it continues
-    token: int
-    depth: int    # 1 .. n_iter
-    gates: list   # the gate values that were evaluated
-    nll: float    # nats, under the model itself (temperature 1, nothing cut off)
-
-
-class KVCache:
-    """K and V of every layer, slot and iteration: two tensors (n_layer, slots, n_iter, nh, length, hs).
-
-    Iteration i of a new token attends to iteration i of all earlier ones, hence n_iter times a plain model's cache:
-    2 * n_layer * n_iter * n_embd * length * bytes a slot (Pythia-70M's shape, K = 4, 2048 tokens, float32: 201 MB).
-    """
-
-    def __init__(self, cfg, slots, length, device, dtype):
-        shape = (cfg.n_layer, slots, cfg.n_iter, cfg.n_head, length, cfg.head_size)
-        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-
-    def fill(self, slot, i, kvs):
-        """Write a whole prompt's K/V, (1, nh, T, hs) a layer, as the slot's iteration i."""
-        for l, (k, v) in enumerate(kvs):
-            self.k[l, slot, i, :, :k.size(2)], self.v[l, slot, i, :, :v.size(2)] = k[0], v[0]
-
-    def repeat(self, halted):
-        """Tokens (slot, iteration, position) that halted after that iteration: later iterations see them as they were then."""
-        slot, it, pos, to = torch.tensor([(b, i, p, j) for b, i, p in halted for j in range(i + 1, self.k.size(2))],
-                                         device=self.k.device).view(-1, 4).unbind(1)
-        if len(slot):
-            for cache in (self.k, self.v):
-                cache[:, slot, to, :, pos] = cache[:, slot, it, :, pos]
-
-
-class Graphs:
-    """CUDA graphs: a function of tensors whose shapes never change is recorded once for each key, then replayed in one launch."""
-
-    def __init__(self):
-        self.made = {}
-
-    def __call__(self, key, fn, *args):
-        if args[0].device.type != 'cuda':
-            return fn(*args)
-        if key not in self.made:
-            fixed = [a.clone() for a in args]
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # the first run, outside the recording, lets the libraries allocate
-                fn(*fixed)
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                out = fn(*fixed)
-            self.made[key] = graph, fixed, out
-        graph, fixed, out = self.made[key]
-        for f, a in zip(fixed, args):
-            f.copy_(a)
-        graph.replay()
-        return out
-
+# -----------------------------------------------------------------------------
+# The model
 
 class AdaPonderLM(nn.Module):
-    CHUNK = 2 ** 24  # logits held at a time in training, numbers; at vocabulary 50304 this is 333 tokens
-
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.fused = None   # decoding: the backbone as torch.compile makes it, see compile_decoding()
-        self.remat = False  # training: recompute each iteration's backbone in backward, memory of one instead of n_iter
-        self.embed = nn.Embedding.from_pretrained(torch.empty(cfg.vocab_size, cfg.n_embd), freeze=False)  # filled below
+        self.remat = False        # True: training recomputes each iteration in backward, and holds one instead of n_iter
+        self.tokenizer_files = []  # what save_pretrained() puts beside the weights
+        self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd, _weight=torch.empty(cfg.vocab_size, cfg.n_embd))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.ln_f = nn.LayerNorm(cfg.n_embd, eps=cfg.norm_eps)
-        self.ln_ponder = Affine(cfg.n_embd) if cfg.ponder_norm and cfg.n_iter > 1 else nn.Identity()  # from ln_f's output to what is handed on
-        self.unembed = Linear(cfg.n_embd, cfg.vocab_size, bias=False)
+        self.ln_ponder = Affine(cfg.n_embd) if cfg.ponder_norm and cfg.n_iter > 1 else nn.Identity()
+        self.unembed = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         self.gates = nn.ModuleList()
-        self.init_weights()  # before the gates are there: of one seed, networks with and without them begin as the same
+        self.init_weights()  # before the gates are there: networks of one seed begin alike, with and without them
         if cfg.halting:
             self.gates.extend(Gate(cfg.n_embd, cfg.gate_hidden, 1) for _ in range(cfg.n_iter - 1))
             self.init_weights('gates.')
 
     @torch.no_grad()
     def init_weights(self, prefix=''):
-        """PonderLM's initialisation: normal cut at 3 sigma, std sqrt(2 / 5d), a block's two outputs damped by sqrt(2 n_layer K).
+        """PonderLM's initialisation: normal cut at 3 sigma, std sqrt(2 / 5d), a block's two outputs / sqrt(2 n_layer K).
 
-        prefix: only the parameters whose names begin so (a string or several), as after loading a backbone that had no gates.
+        prefix: only the parameters whose names begin so, as after loading a backbone that had no gates.
         """
         if self.embed.weight.is_meta:
-            return  # nothing to fill, and for random numbers on this device torch imports its compiler: two seconds of every start
+            return  # nothing to fill
         std = math.sqrt(2 / (5 * self.cfg.n_embd))
-        damp = math.sqrt(2 * self.cfg.n_layer * self.cfg.n_iter)
         for name, p in self.named_parameters():
             if not name.startswith(prefix):
                 continue
             if p.dim() > 1:
-                s = std / damp if name.startswith('blocks') and 'proj' in name else std
-                nn.init.trunc_normal_(p, std=s, a=-3 * s, b=3 * s)
+                damp = math.sqrt(2 * self.cfg.n_layer * self.cfg.n_iter) if name.startswith('blocks') and 'proj' in name else 1
+                nn.init.trunc_normal_(p, std=std / damp, a=-3 * std / damp, b=3 * std / damp)
             else:
                 p.fill_(0.0 if name.endswith('bias') else 1.0)
         for gate in self.gates:  # open, and equal for all tokens, until training says otherwise
             gate.proj.weight.zero_()
             gate.proj.bias.fill_(self.cfg.gate_bias)
 
-    # one iteration, and what happens between two
-
     def backbone(self, x, rope, attend, kvs, at):
-        """h = Backbone(E), final LayerNorm included. x: (..., d); kvs: one kv a layer (see the attention functions). Returns h, kvs."""
+        """h = Backbone(E), final LayerNorm included. x: (..., d), kvs: one a layer. Returns h (..., d) and the new kvs."""
         new = []
         for block, kv in zip(self.blocks, kvs):
             x, kv = block(x, rope, attend, kv, at)
             new.append(kv)
         return self.ln_f(x), new
 
-    def backbone_again(self, x, rope, kept, m):
-        """The dense backbone as checkpoint() runs it: of earlier K/V it takes, and keeps until backward, those of halted tokens. kept: two (M, nh, hs) a layer."""
-        kvs = [kv and tuple(t.new_zeros(*m.shape, *t.shape[1:]).masked_scatter(~m[..., None, None], t).transpose(1, 2) for t in kv) for kv in kept]
-        return self.backbone(x, rope, dense_attention, kvs, m)
+    def embed_tokens(self, idx):
+        """E^0. idx: (...) int64 -> (..., d)."""
+        steps = max(1, self.cfg.n_iter - 1) if self.cfg.multiply_pondering_steps else 1
+        return self.embed(idx) * (self.cfg.embed_scale * steps)
 
-    def gate(self, i, h):
-        """Gate i's values. h: (..., d) -> (...). One that predicts what its token will save only watches: h has no gradient from it."""
-        return self.gates[i](h.detach() if self.cfg.objective == 'saving' else h)
+    def decide(self, i, h, row, pos, policy=None, tau=None, halting=True):
+        """Gate i and the halting decision for N tokens. h: (N, d) -> s (N,) in (0, 1), on (N,) bool, True: goes on.
 
-    def step_size(self, s):
-        """What scales the pondering embedding of tokens that go on: the gate, or 1 where the gate is a prediction."""
-        return torch.ones_like(s) if self.cfg.objective == 'saving' else s
-
-    def decide(self, i, h, row, pos, policy=None, tau=None, halting=None, s=None):
-        """Gate i and the halting decision. h: (..., d) -> s (...) in (0, 1), on (...) bool: True = this token goes on to iteration i + 1.
-
-        policy: fn(i, s, h, row, pos) -> on, default s >= tau; row, pos: int64 shaped like s, which token each is. s: the gate values, if they are known.
+        policy: fn(i, s, h, row, pos) -> on, instead of s >= tau; row, pos: (N,) int64, which tokens these are.
+        With objective 'saving' a gate only watches: h gets no gradient from it.
         """
-        if s is None and self.gates and halting is not False:
-            s = self.gate(i, h)
-        elif s is None:
-            s = torch.ones(h.shape[:-1], device=h.device, dtype=torch.promote_types(h.dtype, torch.float32))
+        if self.gates and halting:
+            s = self.gates[i](h.detach() if self.cfg.objective == 'saving' else h)
+        else:
+            s = torch.ones(len(h), device=h.device)
         on = policy(i, s, h, row, pos) if policy else s >= (self.cfg.tau if tau is None else tau)
         return s, on
 
-    def expect(self, logits):
-        """The pondering embedding, e = softmax(logits) (sqrt(d) V), from logits of ln_ponder(h). logits: (N, vocab) -> (N, d)."""
-        P, V = F.softmax(logits, dim=-1).to(self.embed.weight.dtype), self.embed.weight
-        if self.in_parts(P):
-            return torch.bmm(P.view(len(P), 64, -1).transpose(0, 1), V.view(64, -1, V.size(1))).sum(0) * self.cfg.embed_scale
-        return P @ V * self.cfg.embed_scale
+    def few(self, h):
+        """Whether h (N, d) are the few tokens of a decoding step on a CPU: there a product with the vocabulary takes
+        half to a quarter of the time in eight parts."""
+        return h.device.type == 'cpu' and len(h) <= 64 and self.cfg.vocab_size % 8 == 0 and not torch.is_grad_enabled()
 
-    def decode_logits(self, h):
-        """h U^T of a decoding step. h: (N, d) -> (N, vocab)."""
-        if len(h) > 8 and self.in_parts(h):
-            U = self.unembed.weight.view(64, -1, h.size(1))
-            return torch.bmm(h.expand(64, -1, -1), U.mT).transpose(0, 1).reshape(len(h), -1)
-        return self.unembed(h)
+    def few_logits(self, h):
+        """h U^T for decoding. h: (N, d) -> (N, vocab)."""
+        if not self.few(h):
+            return self.unembed(h)
+        U = self.unembed.weight.unflatten(0, (8, -1))
+        return torch.bmm(U, h.t().expand(8, -1, -1)).flatten(0, 1).t()
 
-    def in_parts(self, x):
-        """Whether the product of few rows with a large vocabulary is better done as many small ones."""
-        return few(x, 64) and self.cfg.vocab_size % 64 == 0 and self.cfg.vocab_size >= 8192
+    def expect(self, h):
+        """softmax(h U^T) V, the expected embedding of the next token. h: (N, d) -> (N, d)."""
+        logits, V = self.few_logits(h), self.embed.weight
+        P = F.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32)).to(logits.dtype)
+        if self.few(h):
+            return torch.bmm(P.unflatten(1, (8, -1)).transpose(0, 1), V.unflatten(0, (8, -1))).sum(0)
+        return P @ V
+
+    def chunk(self, h):
+        """How many tokens' logits are held at a time: 64 MB of them in float32 on a CPU, 1 GB on a GPU."""
+        return max(1, (2 ** 24 if h.device.type == 'cpu' else 2 ** 28) // self.cfg.vocab_size)
 
     def ponder(self, h):
-        """What tokens with these hidden states hand on, without ever holding all logits. h: (N, d) -> e (N, d)."""
+        """What tokens with these states hand on: the pondering embedding. h: (N, d) -> e (N, d) (arXiv 2505.20674)."""
         h = self.ln_ponder(h)
         if self.cfg.feedback == 'hidden':
             return h
-        if len(h) * self.cfg.vocab_size <= self.CHUNK // 8:
-            return self.expect(self.unembed(h))
-        block = 1024 if h.device.type == 'cpu' else max(1024, self.CHUNK // len(h))  # a CPU's cache wants few, a GPU many
-        return ExpectedRow.apply(h, self.unembed.weight, self.embed.weight, block) * self.cfg.embed_scale
+        if len(h) * 8 <= self.chunk(h):
+            return self.expect(h) * self.cfg.embed_scale
+        if h.device.type == 'cpu':  # this is attention of h over the rows of U: torch's kernel never holds the logits
+            U, V = (t.weight.to(h.dtype)[None, None] for t in (self.unembed, self.embed))
+            return F.scaled_dot_product_attention(h[None, None], U, V, scale=1.0)[0, 0] * self.cfg.embed_scale
+        chunks = [checkpoint(self.expect, x, use_reentrant=False) for x in h.split(self.chunk(h))]
+        return torch.cat(chunks) * self.cfg.embed_scale
 
-    @torch.no_grad()
-    def early_nll(self, h, targets):
-        """The NLL that tokens would have had if they had halted with h. h: (N, d), targets: (N,) or None -> (N,) nats, or None."""
-        return None if targets is None else CrossEntropy.apply(h, self.unembed.weight, targets, self.chunk)[1]
+    def iterate(self, idx, attend, kvs=None, policy=None, tau=None, max_iter=None, halting=True, start=0, cache=None):
+        """The method. Runs tokens idx (B, T) at positions start .. through the iterations and returns an Output.
 
-    @property
-    def chunk(self):
-        """Tokens whose logits are held at a time."""
-        return max(1, self.CHUNK // self.cfg.vocab_size)
-
-    def embed_tokens(self, idx):
-        return self.embed(idx) * self.cfg.embed_scale
-
-    # the executions over whole sequences
-
-    def dense(self, idx, policy, tau, max_iter, halting, explore=None, targets=None):
-        """Every token runs every iteration; the mask decides what of it counts.
-
-        Returns hidden (B, T, d), depth (B, T), and lists with an entry for each gate: its values and who met it (B, T), who went on after it
-        (B, T), and, given targets, the NLL that those would have had if they had not (M,).
+        attend, kvs: the attention function, and for cached_attention a cache a layer. cache: see new_cache(), is filled.
+        Output.records holds for each iteration but the last: index (N,), the flat indices of the tokens that ran it,
+        s (N,) their gate values (1 without gates), on (M,) which of the N go on (None: all), and h (N, d) their states.
         """
-        B, T = idx.shape
-        fixed = policy is None and (halting is False or not self.gates)  # nobody can halt
-        row, pos = torch.meshgrid(torch.arange(B, device=idx.device), torch.arange(T, device=idx.device), indexing='ij')
+        (B, T), K = idx.shape, max_iter or self.cfg.n_iter
+        dense, remat = attend is dense_attention, self.remat and torch.is_grad_enabled()
+        fixed = policy is None and not (self.gates and halting)  # no token can halt
+        everyone = torch.arange(B * T, device=idx.device)
         E = self.embed_tokens(idx)  # (B, T, d)
-        rope = rope_table(pos[0], self.cfg, E.dtype)
-        m = torch.ones_like(idx, dtype=torch.bool)  # m^0 = 1
-        depth, kvs, hidden = torch.zeros_like(idx), [None] * self.cfg.n_layer, None
-        gates, live, early = [], [], []
-        remat = self.remat and torch.is_grad_enabled()
-        for i in range(max_iter):
-            if remat:
-                h, kvs = checkpoint(self.backbone_again, E, rope, kvs, m, use_reentrant=False)
-            else:
-                h, kvs = self.backbone(E, rope, dense_attention, kvs, m)
-            hidden = h if i == 0 or fixed else torch.where(m[..., None], h, hidden)
-            depth = depth + m
-            if i == max_iter - 1:
+        rope = rope_table(torch.arange(start, start + T, device=idx.device), self.cfg, E.dtype)
+        kvs = kvs or [None] * self.cfg.n_layer
+        active, m, records = None, None, []  # flat indices of the tokens that have not halted; None: all. m: as a mask
+        depth = torch.zeros_like(everyone)
+
+        for i in range(K):
+            # dense runs halted tokens too and drops what comes of it; packed and cached run the active ones alone
+            x, positions = E, rope
+            if active is not None and not dense:
+                x = E.flatten(0, 1).index_select(0, active)  # (N, d)
+                positions = [t.index_select(0, active % T) for t in rope]
+            args = x, positions, attend, kvs, m if dense else (i, active)
+            h, new_kvs = checkpoint(self.backbone, *args, use_reentrant=False) if remat else self.backbone(*args)
+            if not fixed:
+                kvs = new_kvs
+            if cache is not None:
+                self.fill_cache(cache, i, new_kvs)
+            h = h.view(-1, h.size(-1))
+            if active is None:
+                hidden, depth = h, depth + 1
+            else:  # a halted token's state stays as it was
+                h = h.index_select(0, active) if dense else h
+                hidden = hidden.index_copy(0, active, h)
+                depth = depth.index_add(0, active, torch.ones_like(active))
+            if i == K - 1:
                 break
-            s = checkpoint(self.gate, i, hidden, use_reentrant=False) if remat and self.gates and halting is not False else None
-            s, on = self.decide(i, hidden, row, pos, policy, tau, halting, s)
-            if explore is not None:
-                on = on | explore
-            on = m & on  # monotone: m^(i+1) = m^i * 1[s^i >= tau]
-            gates.append((s, m))
-            live.append(on)
-            m = on
+
+            # gates: m^(i+1) = m^i * 1[s^i >= tau], so a token that halted stays halted
+            index = everyone if active is None else active
             if fixed:
-                E = E + self.ponder(hidden.flatten(0, 1)).view_as(E)
-                kvs = [None] * self.cfg.n_layer  # no K/V to keep
-            else:  # E^(i+1) = E^i + m^(i+1) s^i e^i, computed where m^(i+1) = 1
-                h = hidden[m]  # (M, d)
-                e = self.ponder(h) * self.step_size(s[m])[:, None]
-                E = E + torch.zeros_like(E).index_put((row[m], pos[m]), e.to(E.dtype))
-                early.append(self.early_nll(h, targets if targets is None else targets[m]))
-                if remat:
-                    kvs = [tuple(t.transpose(1, 2)[~m] for t in kv) for kv in kvs]
-        return hidden, depth, gates, live, early
-
-    def packed(self, idx, policy, tau, max_iter, halting, explore=None, targets=None, store=None, first_row=0):
-        """Only active tokens run. As dense(); store(i, kvs), if given, receives each iteration's K/V of all tokens."""
-        B, T = idx.shape
-        row, pos = (t.flatten() for t in torch.meshgrid(torch.arange(B, device=idx.device), torch.arange(T, device=idx.device), indexing='ij'))
-        E = self.embed_tokens(idx).flatten(0, 1)  # (N, d), N = B * T
-        rope = rope_table(pos, self.cfg, E.dtype)
-        depth, kvs, hidden = torch.zeros_like(idx), [None] * self.cfg.n_layer, None
-        counts, gates, live, early = [T] * B, [], [], []
-        for i in range(max_iter):
-            h, kvs = self.backbone(E, rope, packed_attention, kvs, (row, pos, counts))
-            n = len(row)
-            if store:
-                store(i, kvs)
-            hidden = h.view(B, T, -1) if i == 0 else hidden.index_put((row, pos), h[:n])
-            depth = depth.index_put((row, pos), torch.tensor(i + 1, device=idx.device))
-            if i == max_iter - 1:
+                records.append((index, torch.ones_like(h[:, 0]), None, h))
+                E = E + self.ponder(h).view_as(E)
+                continue
+            s, on = self.decide(i, h, index // T, index % T + start, policy, tau, halting)
+            on = on.nonzero()[:, 0]
+            records.append((index, s, on, h))
+            if len(on) == 0:
                 break
-            s, on = self.decide(i, h[:n], row + first_row, pos, policy, tau, halting)
-            if explore is not None:
-                on = on | explore[row, pos]
-            spread = torch.zeros(B, T, device=idx.device, dtype=s.dtype).index_put((row, pos), s)
-            ran = torch.zeros_like(idx, dtype=torch.bool).index_put((row, pos), torch.ones_like(on))
-            gates.append((spread, ran))
-            live.append(torch.zeros_like(ran).index_put((row, pos), on))
-            if not on.all():
-                row, pos, s = row[on], pos[on], s[on]
-                E, h, *rope = (fill(t[:n][on], round_up(len(row))) for t in (E, h, *rope))
-                counts = torch.bincount(row, minlength=B).tolist()
-                if not len(row):
-                    break
-            E = E + self.step_size(fill(s, len(E)))[:, None].to(E.dtype) * self.ponder(h).to(E.dtype)
-            early.append(targets if targets is None else self.early_nll(h, fill(targets[row, pos], len(h)))[:len(row)])
-        return hidden, depth, gates, live, early
+            active = index.index_select(0, on)
+            m = torch.zeros_like(everyone, dtype=torch.bool).index_fill(0, active, True).view(B, T) if dense else None
 
-    def forward(self, idx, targets=None, execution='dense', policy=None, tau=None, max_iter=None, halting=None, k=0.0, ponder_lambda=0.0, explore=None):
+            # E^(i+1) = E^i + m^(i+1) s^i e^i, computed for the tokens that go on
+            e = self.ponder(h.index_select(0, on))
+            if self.cfg.objective == 'paper':  # a gate that predicts what going on saves scales nothing
+                e = e * s.index_select(0, on)[:, None]
+            E = E.flatten(0, 1).index_add(0, active, e.to(E.dtype)).view_as(E)
+        return Output(hidden.view(B, T, -1), depth.view(B, T), records, self)
+
+    def forward(self, idx, targets=None, execution='dense', policy=None, tau=None, max_iter=None, halting=True, k=0.0,
+                ponder_lambda=0.1):
         """The whole model on sequences. Returns an Output.
 
-        idx, targets: (B, T) int64, T <= block_size; a target of -1 is ignored.
-        execution: 'dense' or 'packed', the same function computed two ways.
-        policy, tau: the halting decision, see decide(). max_iter: stop after this many iterations.
-        halting=False: ignore the gates in this call (s = 1, nobody halts), the objective of training's first stage.
-        k: fraction of all gates in the ponder pool, where there is one; ponder_lambda: weight of the ponder loss.
-        explore: (B, T) bool, tokens that go on whatever their gates say, so that these learn what halting costs (objective 'saving').
-        Raises ValueError for a sequence longer than block_size or an unknown execution.
+        idx, targets: (B, T) int64, T <= block_size; negative targets (-1, -100) are ignored.
+        execution: 'dense' or 'packed', the same function computed in two ways.
+        policy, tau: the halting decision, see decide(). max_iter: at most this many iterations.
+        halting=False: ignore the gates in this call, as in the first stage of training with objective 'paper'.
+        k, ponder_lambda: see paper_loss(), and the weight of the gates' loss. HaltingSchedule gives both, and a policy.
+        Raises ValueError for a sequence that is too long and for an unknown execution.
         """
-        B, T = idx.shape
-        max_iter = self.check_max_iter(max_iter)
-        if not 1 <= T <= self.cfg.block_size:
-            raise ValueError(f'a sequence of {T} tokens does not fit: this model takes 1 to block_size = {self.cfg.block_size}')
+        if not 1 <= idx.size(1) <= self.cfg.block_size:
+            raise ValueError(f'a sequence of {idx.size(1)} tokens: this model takes 1 to block_size = {self.cfg.block_size}')
         if execution not in ('dense', 'packed'):
             raise ValueError(f"execution must be 'dense' or 'packed', not {execution!r}")
-        savings = targets is not None and self.cfg.objective == 'saving' and self.gates and halting is not False and torch.is_grad_enabled()
-        hidden, depth, gates, live, early = getattr(self, execution)(idx, policy, tau, max_iter, halting, explore, targets if savings else None)
-        shown = torch.zeros(B, T, self.cfg.n_iter - 1, device=idx.device, dtype=gates[0][0].dtype if gates else hidden.dtype)
-        for i, (s, m) in enumerate(gates):
-            shown[..., i] = (s * m).detach()
-        out = Output(hidden, depth, shown, self.unembed)
+        self.check_max_iter(max_iter)
+        attend = dense_attention if execution == 'dense' else packed_attention
+        out = self.iterate(idx, attend, policy=policy, tau=tau, max_iter=max_iter, halting=halting)
         if targets is not None:
-            total, nll = CrossEntropy.apply(hidden.flatten(0, 1), self.unembed.weight, targets.flatten(), self.chunk)
-            out.nll = nll.view(B, T)
-            out.ce_loss = total / (targets != -1).sum()
-            out.ponder_loss = self.saving_loss(gates, live, early, out.nll, depth, targets) if savings else self.ponder_loss(gates, live, k, execution)
+            targets = targets.flatten()
+            count = (targets >= 0).sum().clamp(min=1)
+            total, nll = self.cross_entropy(out.hidden.flatten(0, 1), targets)
+            out.nll, out.ce_loss, out.ponder_loss = nll.view_as(idx), total / count, torch.zeros_like(total)
+            if self.gates and halting and self.cfg.objective == 'paper':
+                out.ponder_loss = self.paper_loss(out, k)
+            elif self.gates and halting and torch.is_grad_enabled():
+                out.ponder_loss = self.saving_loss(out, nll, targets)
             out.loss = out.ce_loss + ponder_lambda * out.ponder_loss
+            if self.cfg.early_ce:
+                for index, s, on, h in out.records:
+                    out.loss = out.loss + self.cfg.early_ce * self.cross_entropy(h, targets[index])[0] / count
         return out
 
-    def ponder_loss(self, gates, live, k, execution='dense'):
-        """Mean of the smallest k fraction of the gate values, a scalar (arXiv 2603.01914).
+    def cross_entropy(self, h, targets):
+        """NLL in nats: its sum (), and that of each token (N,), detached. h: (N, d), targets: (N,)."""
+        return CrossEntropy.apply(h, self.unembed.weight, targets, self.chunk(h))
 
-        objective='paper' takes the values of every token and gate. objective='live' puts 0, which has no gradient, in place of those that led to a halt or came
-        after one: a halted iteration is paid for, so pressure ends when the share k has halted, and never pushes tokens far under tau.
+    def paper_loss(self, out, k):
+        """Mean of the smallest k fraction of all gate values, halted tokens' too, a scalar (arXiv 2603.01914).
+
+        The lowest gates are pushed down; those of tokens that need the iteration push back through the cross entropy.
         """
-        if not gates or self.cfg.objective == 'saving':
-            return torch.zeros((), device=self.embed.weight.device)
-        s = torch.stack([s for s, _ in gates]).flatten()
-        if self.cfg.objective == 'live':
-            s = torch.where(torch.stack(live).flatten(), s, 0.0)
-        elif execution == 'packed' and torch.is_grad_enabled():
-            raise ValueError("objective='paper' needs the gates of halted tokens, which only execution='dense' computes")
-        n = torch.as_tensor(k, device=s.device, dtype=s.dtype) * len(s)  # a tensor, so that a changing k does not recompile
-        weight = (n - torch.arange(len(s), device=s.device)).clamp(0, 1)  # the n smallest, the last one in part
-        return (s.sort().values * weight).sum() / n.clamp(min=1)
+        hidden, depth, values = out.hidden.flatten(0, 1), out.depth.flatten(), []
+        for i, gate in enumerate(self.gates):
+            values.append(gate(hidden[depth <= i]))  # a halted token's state is the one it halted with
+            values += [s for index, s, on, h in out.records[i:i + 1]]
+        values = torch.cat(values)
+        n = torch.as_tensor(k, device=values.device, dtype=values.dtype) * len(values)
+        weight = (n - torch.arange(len(values), device=values.device)).clamp(0, 1)  # the n smallest, the last one in part
+        return (values.sort().values * weight).sum() / n.clamp(min=1)
 
-    def saving_loss(self, gates, live, early, nll, depth, targets):
-        """How far gates are from predicting what going on saved, a scalar.
+    def saving_loss(self, out, nll, targets):
+        """How far the gates are from predicting what going on saved, a scalar.
 
-        A token that went on after iteration i saved (NLL it would have had - NLL it has) / passes it made since, in nats a pass. Gate i's s is its
-        prediction: cross entropy with this number as a soft target is least at the expectation, also where single savings are negative. These
-        are cut at 1 nat a pass, so that a few surprises do not drown the rest.
+        A token that went on after iteration i saved (NLL it would have had - NLL it has) / iterations it made since, in
+        nats an iteration. Gate i's s is its prediction: cross entropy with this number as a soft target is least at the
+        expectation, also where single savings are negative. They are cut at 1 nat, lest a few surprises drown the rest.
         """
-        loss = torch.zeros((), device=nll.device)
-        for i, ((s, _), on, before) in enumerate(zip(gates, live, early)):
-            saved = ((before - nll[on]) / (depth[on] - (i + 1))).clamp(-1, 1)
-            g, counts = torch.logit(s[on], 1e-7), targets[on] != -1
+        depth, loss = out.depth.flatten(), torch.zeros_like(out.ce_loss)
+        for i, (index, s, on, h) in enumerate(out.records):
+            index, s, h = (x.index_select(0, on) for x in (index, s, h))
+            with torch.no_grad():
+                early = self.cross_entropy(h, targets[index])[1] if len(index) else nll[:0]
+            saved = ((early - nll[index]) / (depth[index] - (i + 1))).clamp(-1, 1)
+            g, counts = torch.logit(s, 1e-7), targets[index] >= 0
             loss = loss + ((F.softplus(g) - saved * g) * counts).sum() / counts.sum().clamp(min=1)
         return loss
 
     def check_max_iter(self, max_iter):
-        if max_iter is None:
-            return self.cfg.n_iter
-        if not 1 <= max_iter <= self.cfg.n_iter:
+        if max_iter is not None and not 1 <= max_iter <= self.cfg.n_iter:
             raise ValueError(f'max_iter must be 1 to n_iter = {self.cfg.n_iter}, not {max_iter}')
-        return max_iter
 
-    # generation
+    # -------------------------------------------------------------------------
+    # Generation with a KV cache
 
-    def prefill(self, tokens, seq, slot, cache, policy, tau, max_iter):
-        """Run a prompt packed and fill its cache slot. tokens: list of int. Returns the last token's hidden (d,), depth, gates."""
-        done = -1
+    def new_cache(self, slots, length):
+        """Room for K and V of `slots` sequences: (2, n_layer, slots, n_iter, nh, length, hs).
 
-        def store(i, kvs):
-            nonlocal done, last
-            cache.fill(slot, i, kvs)
-            done, last = i, kvs
-        last = None
-        idx = torch.tensor([tokens], device=self.embed.weight.device)
-        hidden, depth, gates, *_ = self.packed(idx, policy, tau, max_iter, None, store=store, first_row=seq)
-        for i in range(done + 1, self.cfg.n_iter):  # everyone had halted: the later iterations see the same
-            cache.fill(slot, i, last)
-        d = int(depth[0, -1])
-        return hidden[0, -1], d, [float(s[0, -1]) for s, m in gates[:d]]
-
-    def compile_decoding(self):
-        """Let torch.compile fuse the passes of decoding: faster, once the compiler is done, which takes tens of seconds. Returns the model."""
-        self.fused = torch.compile(self.backbone)
-        return self
-
-    def static_shapes(self, device):
-        """Whether decoding keeps its shapes fixed: for the compiler, and on a GPU, where a pass is one CUDA graph."""
-        return device.type == 'cuda' or self.fused is not None
-
-    def decode(self, E, slot, it, pos, where, cache, rope, graphs):
-        """One pass for one token of each of N slots. E: (slots, d); slot, it, pos: (N,), and as the list `where`, see cached_attention().
-
-        Returns h (N, d) and, where shapes are static, all gate values (N, n_gate), else None: decide() finds those that count.
+        Iteration i of a new token attends to iteration i of all earlier ones, hence n_iter times a plain model's cache:
+        2 n_layer n_iter d length numbers a slot (Pythia-70M's shape, K = 4, 2048 tokens, float32: 201 MB).
         """
-        static = self.static_shapes(E.device)
-        one = where[0][1] if len({i for _, i, _ in where}) == 1 else None  # the iteration of all
-        length = min(cache.k.size(4), -(-(max(p for _, _, p in where) + 1) // 256) * 256) if static else None
+        cfg, w = self.cfg, self.embed.weight
+        return w.new_zeros(2, cfg.n_layer, slots, cfg.n_iter, cfg.n_head, length, cfg.head_size)
 
-        def run(x, slot, it, pos):
-            at = (slot, it if one is None else one, pos, None if static else where, length)
-            h, _ = (self.fused or self.backbone)(x, tuple(t[pos] for t in rope), cached_attention, [*zip(cache.k, cache.v)], at)
-            return h, torch.stack([g(h) for g in self.gates], dim=-1) if static and self.gates else None
-        args = E[slot], slot, it, pos
-        return graphs((length, one), run, *args) if static else run(*args)
+    def fill_cache(self, cache, i, kvs):
+        """Put a prompt's K and V, two (B, T, nh, hs) a layer, into iteration i and, for tokens that halt here, the later ones."""
+        for layer, kv in zip(cache.unbind(1), kvs):
+            for part, x in zip(layer, kv):
+                part[:, i:, :, :x.size(1)] = x.transpose(1, 2)[:, None]
+
+    def prefill(self, idx, cache, **kw):
+        """Run prompts idx (B, T) packed and fill the cache of B slots. Keywords: policy, tau, max_iter. Returns an Output."""
+        return self.iterate(idx, packed_attention, cache=cache, **kw)
+
+    def decode(self, token, cache, pos, **kw):
+        """Run one token of each sequence, token (B, 1), at position pos. Returns an Output with T = 1."""
+        return self.iterate(token, cached_attention, kvs=cache[..., :pos + 1, :].unbind(1), start=pos, **kw)
 
     @torch.inference_mode()
-    def stream(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, tau=None, max_iter=None,
-               policy=None, slots=1, stop_token=None):
-        """Continue many prompts with a KV cache; yields one Step for each new token, as it is made.
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, tau=None,
+                 max_iter=None, policy=None):
+        """Continue idx (B, T) by max_new_tokens each: (B, T + max_new_tokens). temperature=0 is greedy; see sample().
 
-        prompts: list of lists of token ids, of any lengths; max_new_tokens: an int, or one for each prompt.
-        slots: sequences in flight. All iterations share their weights, so slots at different iterations of different tokens go through one
-        pass: a slot whose token halted starts its next token in the very next pass, and a finished sequence's slot takes the next prompt.
-        generator: a torch.Generator, or a list of one for each prompt; from a single one every prompt gets its own, so that the text of a
-        prompt does not depend on what runs beside it. stop_token: ends a sequence (and is yielded).
-        A sequence that outgrows block_size goes on with its last part, see window(). temperature=0 is greedy.
+        tau, max_iter, policy: the halting decision, see decide(). A text that outgrows block_size goes on with its last
+        part, see window(). Raises ValueError for an empty prompt, unknown tokens and numbers outside their range.
         """
-        max_iter = self.check_max_iter(max_iter)
-        self.check_prompts(prompts, temperature, top_k, top_p)
-        budget = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-        text = [list(p) for p in prompts]          # each sequence so far
-        rngs = per_sequence(generator, len(prompts))
-        device, dtype = self.embed.weight.device, self.embed.weight.dtype
-        slots = min(slots, len(prompts))
-        length = min(self.cfg.block_size, max((len(p) + n for p, n in zip(text, budget)), default=1))
-        cache, graphs = KVCache(self.cfg, slots, length, device, dtype), Graphs()
-        rope = rope_table(torch.arange(length, device=device), self.cfg, dtype)
-        queue = deque(i for i, n in enumerate(budget) if n > 0)
-        seq = [None] * slots                       # which prompt a slot works on
-        start, pos, it = [0] * slots, [0] * slots, [0] * slots  # its window; position in it and iteration of the token in flight
-        values = [[] for _ in range(slots)]        # gate values of that token
-        E = torch.zeros(slots, self.cfg.n_embd, device=device, dtype=dtype)
-        while True:
-            ready = []  # (slot, logits, depth): tokens that are done, so their successor can be drawn
-            for b in range(slots):
-                if seq[b] is None and queue:
-                    seq[b] = queue.popleft()
-                    start[b] = self.window(len(text[seq[b]]))
-                    h, d, values[b] = self.prefill(text[seq[b]][start[b]:], seq[b], b, cache, policy, tau, max_iter)
-                    pos[b] = min(len(text[seq[b]]) - start[b], length - 1)
-                    ready.append((b, self.unembed(h[None])[0], d))
-            fresh = {b for b, _, _ in ready}
-            busy = [b for b in range(slots) if seq[b] is not None and b not in fresh]
-            if not busy and not ready:
-                return
-            if busy:  # one pass of the backbone for every slot, whatever its iteration
-                where = [(b, it[b], pos[b]) for b in busy]
-                if self.static_shapes(device):  # idle slots run along, and write where their next token will
-                    where = [(b, it[b] if b in busy else where[0][1], pos[b]) for b in range(slots)]
-                slot_t, it_t, pos_t = torch.tensor(where, device=device).unbind(1)
-                h, gate = self.decode(E, slot_t, it_t, pos_t, where, cache, rope, graphs)
-                on, s = [False] * len(where), [None] * len(where)
-                for i in sorted({it[b] for b in busy if it[b] < max_iter - 1}):
-                    at = [n for n, (b, _, _) in enumerate(where) if it[b] == i and b in busy]
-                    rows = torch.tensor([seq[where[n][0]] for n in at], device=device)
-                    si, oni = self.decide(i, h[at], rows, pos_t[at], policy, tau, s=gate[at, i] if gate is not None else None)
-                    for n, sn, onn in zip(at, *torch.stack([si, oni]).tolist()):
-                        on[n], s[n] = bool(onn), sn
-                        values[where[n][0]].append(sn)
-                go, halted = [n for n in range(len(where)) if on[n]], []
-                if self.cfg.ponder_norm:
-                    h[go] = self.ln_ponder(h[go])
-                logits = self.decode_logits(h)  # needed by all: to ponder, or to draw the next token
-                if go:
-                    e = h[go] if self.cfg.feedback == 'hidden' else self.expect(logits[go])
-                    E[slot_t[go]] += self.step_size(torch.tensor([s[n] for n in go], device=device, dtype=dtype))[:, None] * e
-                for n, (b, i, p) in enumerate(where):
-                    if on[n]:
-                        it[b] += 1
-                    elif b in busy:
-                        halted.append((b, i, p))
-                        ready.append((b, logits[n], i + 1))
-                cache.repeat(halted)
-            if not ready:
-                continue
-            logits = torch.stack([x for _, x, _ in ready])
-            u = torch.tensor([torch.rand((), generator=rngs[seq[b]], dtype=torch.float64) for b, _, _ in ready], device=device)
-            drawn = sample(logits, u, temperature, top_k, top_p)
-            nll = F.cross_entropy(logits.float(), drawn, reduction='none').tolist()
-            for (b, _, d), token, x in zip(ready, drawn.tolist(), nll):
-                i = seq[b]
-                yield Step(i, token, d, values[b], x)
-                text[i].append(token)
-                budget[i] -= 1
-                values[b], it[b] = [], 0
-                if budget[i] == 0 or token == stop_token:
-                    seq[b] = None
-                elif self.window(len(text[i])) != start[b]:  # outgrown: it comes in anew, as a prompt
-                    queue.appendleft(i)
-                    seq[b] = None
-                else:
-                    pos[b] = len(text[i]) - 1 - start[b]
-                    E[b] = self.embed_tokens(torch.tensor(token, device=device))
-
-    @torch.inference_mode()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, tau=None, max_iter=None,
-                 policy=None, execution='cached'):
-        """Continue idx (B, T) by max_new_tokens each: (B, T + max_new_tokens). Arguments as stream().
-
-        execution: 'cached', or 'dense' / 'packed', which run the whole sequence again for each token: the same text, slowly.
-        """
-        text = idx.tolist()
-        if execution == 'cached':
-            for step in self.stream(text, max_new_tokens, temperature, top_k, top_p, generator, tau, max_iter, policy, slots=len(text)):
-                text[step.seq].append(step.token)
-            return torch.tensor(text, device=idx.device)
-        self.check_prompts(text, temperature, top_k, top_p)
-        rngs = per_sequence(generator, len(text))
+        self.check_max_iter(max_iter)
+        check_sampling(temperature, top_k, top_p)
+        if not idx.numel() or not 0 <= int(idx.min()) <= int(idx.max()) < self.cfg.vocab_size:
+            raise ValueError(f'prompts must have at least one token, and tokens from 0 to {self.cfg.vocab_size - 1}')
+        kw = dict(tau=tau, max_iter=max_iter, policy=policy)
+        start = None  # where the context starts in idx
         for _ in range(max_new_tokens):
-            out = self(idx[:, self.window(idx.size(1)):], execution=execution, policy=policy, tau=tau, max_iter=max_iter)
-            u = torch.tensor([torch.rand((), generator=g, dtype=torch.float64) for g in rngs], device=idx.device)
-            idx = torch.cat([idx, sample(self.unembed(out.hidden[:, -1]), u, temperature, top_k, top_p)[:, None]], dim=1)
+            if start != self.window(idx.size(1)):
+                start = self.window(idx.size(1))
+                cache = self.new_cache(len(idx), min(self.cfg.block_size, idx.size(1) - start + max_new_tokens))
+                out = self.prefill(idx[:, start:], cache, **kw)
+            else:
+                out = self.decode(idx[:, -1:], cache, idx.size(1) - 1 - start, **kw)
+            u = torch.rand(len(idx), generator=generator)
+            token = sample(self.few_logits(out.hidden[:, -1]), u, temperature, top_k, top_p)
+            idx = torch.cat([idx, token[:, None]], dim=1)
         return idx
 
     def window(self, n):
-        """Where the context of a sequence of n tokens starts: it moves on by half of block_size, so that the cache is rebuilt seldom."""
+        """Where the context of a text of n tokens starts: it moves on by half of block_size, so prefill is seldom."""
         step = max(1, self.cfg.block_size // 2)
         return max(0, math.ceil((n - self.cfg.block_size) / step)) * step
 
-    def check_prompts(self, prompts, temperature, top_k, top_p):
-        for p in prompts:
-            if not len(p):
-                raise ValueError('an empty prompt has nothing to continue: give at least one token')
-            if not 0 <= min(p) <= max(p) < self.cfg.vocab_size:
-                raise ValueError(f'a token id outside the vocabulary: ids go from 0 to {self.cfg.vocab_size - 1}')
-        if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-            raise ValueError('temperature must be >= 0, top_k at least 1, top_p in (0, 1]')
-
-    # files
+    # -------------------------------------------------------------------------
+    # Files
 
     @classmethod
     def from_checkpoint(cls, path, map_location='cpu'):
-        """The model of a checkpoint that train.py wrote. Raises FileNotFoundError or ValueError with a sentence."""
-        return cls.from_state(load_checkpoint(path, map_location))
+        """The model in a ckpt.pt of train.py. Raises FileNotFoundError or ValueError with a sentence."""
+        model = cls.from_state(load_checkpoint(path, map_location), path)
+        names = ('meta.json', 'tokenizer.json', 'tokenizer.tiktoken')
+        model.tokenizer_files = [f for f in (Path(path).parent / name for name in names) if f.is_file()]
+        return model
 
     @classmethod
-    def from_state(cls, state):
+    def from_state(cls, state, path='checkpoint'):
         """The model in what load_checkpoint() returned."""
-        with torch.device('meta'):
-            model = cls(config_from_state(state))
-        model.load_state_dict(state['model'], assign=True)
+        try:
+            cfg = AdaPonderConfig(**state['config'])
+            with torch.device('meta'):
+                model = cls(cfg)
+            model.load_state_dict(state['model'], assign=True)
+        except (TypeError, RuntimeError) as e:  # another field, another tensor
+            raise ValueError(f'{path} is of another version of this project: {first_line(e)}') from None
         return model
 
     @classmethod
     def from_pretrained(cls, path, n_iter=None, dtype=torch.float32, **overrides):
-        """A Hugging Face GPT-NeoX checkpoint: Pythia, PonderPythia, or what save_pretrained() wrote.
+        """A GPT-NeoX model as Hugging Face keeps it: Pythia, PonderPythia, or what save_pretrained() wrote.
 
-        path: a folder with config.json and weights (model.safetensors, pytorch_model.bin, or either in shards with an index), one weights
-        file in such a folder, or a hub name. n_iter: default what the folder says, else 4. overrides: fields of AdaPonderConfig.
-        Gates that the folder does not have start open, ln_ponder as ln_f. In memory are the model and, mapped from the disk, one shard.
-        Raises FileNotFoundError or ValueError naming the tensor or setting that does not fit.
+        path: a folder or a hub name, read by transformers. n_iter: default what its config says, else 4. overrides: fields
+        of AdaPonderConfig. Gates that it does not have start open. Raises ValueError that names what does not fit.
         """
-        path = find_pretrained(path)
-        folder = path if path.is_dir() else path.parent
+        try:
+            from safetensors.torch import load_file
+            from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+            from transformers.utils import cached_file
+        except ImportError:
+            raise ValueError('a Hugging Face model needs these: pip install transformers safetensors') from None
+        path = str(Path(path).expanduser()) if Path(path).expanduser().exists() else str(path)
+        try:
+            hf_config, rest = GPTNeoXConfig.from_pretrained(path, return_unused_kwargs=True)
+            cfg = config_from_hf(hf_config.to_dict(), n_iter, overrides)
+            hf, info = GPTNeoXForCausalLM.from_pretrained(path, config=hf_config, dtype=dtype, output_loading_info=True)
+            beside = {name: cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+                      for name in ('gates.safetensors', 'meta.json', 'tokenizer.json', 'tokenizer.tiktoken')}
+            own = load_file(beside['gates.safetensors']) if beside['gates.safetensors'] else {}
+        except ValueError:
+            raise
+        except Exception as e:  # of transformers, safetensors, the hub, the cache: each has its own
+            raise ValueError(f'{path} cannot be loaded as a GPT-NeoX model: {first_line(e)}') from None
+        odd = [n for n in info['unexpected_keys'] if 'adapter.weight' not in n]  # PonderLM keeps one and does not use it
+        odd += list(info['missing_keys']) + [str(n) for n in info['mismatched_keys']]
         with torch.device('meta'):
-            model = cls(config_from_hf(folder / 'config.json', n_iter, overrides)).to(dtype)
+            model = cls(cfg).to(dtype)
         model.to_empty(device='cpu').init_weights(OWN_TENSORS)
-        params, seen = dict(model.named_parameters()), set()
-        files = [(f, hf_to_ours) for f in weight_files(path, ('model.safetensors', 'pytorch_model.bin'))]
-        if not files:
-            raise FileNotFoundError(f'{folder} has neither model.safetensors nor pytorch_model.bin, nor an index of their shards')
-        if any(n.startswith(OWN_TENSORS) for n in params):
-            parts = {n.split('.')[0] for n in params}
-            files += [(f, lambda n: None if n.startswith(OWN_TENSORS) and n.split('.')[0] not in parts else n)  # gates that halting=False leaves out
-                      for f in weight_files(folder, ('gates.safetensors', 'gates.bin'))]
-        for file, rename in files:
-            for name, tensor in read_tensors(file):
-                ours = rename(name)
-                if ours is None:
-                    if name.endswith('adapter.weight'):
-                        print(f'{file}: ignored {name}, which PonderLM keeps and does not use', file=sys.stderr)
-                    continue
-                if ours not in params:
-                    raise ValueError(f'{file}: tensor {name} has no place in this model')
-                if tensor.shape != params[ours].shape or not tensor.is_floating_point():
-                    raise ValueError(f'{file}: tensor {name} is {tensor.dtype} {tuple(tensor.shape)}, this model needs floats {tuple(params[ours].shape)}')
-                params[ours].data.copy_(tensor)
-                seen.add(ours)
-        halves = {n.rsplit('.', 2)[0] for n in seen}  # of the gates; one that the folder does not have at all may be new
-        missing = [n for n in params if n not in seen and (not n.startswith(OWN_TENSORS) or n.rsplit('.', 2)[0] in halves)]
-        if missing:
-            names = [n if n.startswith(OWN_TENSORS) else ours_to_hf(n) for n in missing]
-            raise ValueError(f'{folder} lacks the tensor {", ".join(names[:3])}' + f' and {len(names) - 3} more' * (len(names) > 3))
+        if not cfg.halting:
+            own = {n: t for n, t in own.items() if not n.startswith('gates.')}
+        state = {hf_to_ours(n): t for n, t in hf.state_dict().items()} | {n: t.to(dtype) for n, t in own.items()}
+        expected = model.state_dict()
+        odd += [n for n, t in state.items() if n not in expected or t.shape != expected[n].shape]
+        if odd:
+            raise ValueError(f'{path} does not fit this model: {", ".join(map(str, odd[:3]))}')
+        model.load_state_dict(state, strict=False, assign=True)
+        model.tokenizer_files = [Path(f) for name, f in beside.items() if f and name != 'gates.safetensors']
         return model
 
     def save_pretrained(self, path):
-        """Write a folder that transformers loads as GPTNeoXForCausalLM, with the gates (and ln_ponder) beside the weights in a file of their own.
+        """Write a folder that from_pretrained() reads back whole, and transformers as GPTNeoXForCausalLM.
 
-        transformers runs one iteration and does not scale embeddings: it computes this model's function at n_iter=1, scale_embeds=False.
-        Files are .safetensors where safetensors is installed, else .bin.
+        Gates and ln_ponder lie in gates.safetensors beside the weights, and the tokenizer that the model came with.
+        transformers runs one iteration and does not scale embeddings: this model's function at n_iter=1, scale_embeds=False.
         """
-        cfg, path, written = self.cfg, Path(path), []
+        from safetensors.torch import save_file
+        from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+        cfg, path = self.cfg, Path(path).expanduser()
+        hf_config = GPTNeoXConfig(
+            **{theirs: getattr(cfg, ours) for ours, theirs in HF_CONFIG.items()}, intermediate_size=4 * cfg.n_embd,
+            rope_parameters=dict(rope_type='default', rope_theta=cfg.rotary_base, partial_rotary_factor=cfg.rotary_pct),
+            rotary_pct=cfg.rotary_pct, rotary_emb_base=cfg.rotary_base, hidden_act='gelu', use_parallel_residual=True,
+            tie_word_embeddings=False, bos_token_id=0, eos_token_id=0, ponderinglm=cfg.n_iter > 1,
+            pondering_steps=cfg.n_iter - 1, scale_embeds=cfg.scale_embeds,
+            mutiply_pondering_steps=cfg.multiply_pondering_steps, adaponder=asdict(cfg))
+        with torch.device('meta'):
+            hf = GPTNeoXForCausalLM(hf_config)
+        state = self.state_dict()
+        hf.load_state_dict({n: state[hf_to_ours(n)] for n in hf.state_dict()}, assign=True)
         path.mkdir(parents=True, exist_ok=True)
-        own = [f.name for f in fields(cfg) if f.name not in HF_CONFIG and f.name not in ('n_iter', 'scale_embeds')]
-        config = dict(
-            {theirs: getattr(cfg, ours) for ours, theirs in HF_CONFIG.items()}, architectures=['GPTNeoXForCausalLM'], model_type='gpt_neox',
-            intermediate_size=4 * cfg.n_embd, hidden_act='gelu', use_parallel_residual=True, tie_word_embeddings=False, attention_bias=True,
-            bos_token_id=0, eos_token_id=0, torch_dtype=str(self.embed.weight.dtype).removeprefix('torch.'),
-            ponderinglm=cfg.n_iter > 1, pondering_steps=cfg.n_iter - 1, scale_embeds=cfg.scale_embeds, adaponder={n: getattr(cfg, n) for n in own})
-        try:
-            from safetensors.torch import save_file as save
-        except ImportError:
-            save = torch.save
-
-        def write(stem, tensors):
-            written.append(stem + ('.bin' if save is torch.save else '.safetensors'))
-            save({n: t.contiguous() for n, t in tensors}, str(path / written[-1]) + '.tmp', **({} if save is torch.save else {'metadata': {'format': 'pt'}}))
-        state = self.state_dict().items()
-        write('pytorch_model' if save is torch.save else 'model', [(ours_to_hf(n), t) for n, t in state if not n.startswith(OWN_TENSORS)])
-        if beside := [(n, t) for n, t in state if n.startswith(OWN_TENSORS)]:
-            write('gates', beside)
-        written.append('config.json')
-        (path / 'config.json.tmp').write_text(json.dumps(config, indent=2))
-        for name in written:
-            os.replace(path / (name + '.tmp'), path / name)
-        for name in ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin', 'pytorch_model.bin.index.json', 'gates.safetensors', 'gates.bin'):
-            if name not in written:  # what an earlier save left would be read in place of these
-                (path / name).unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as beside:  # written beside, then moved: a failure leaves path whole
+            hf.save_pretrained(beside)
+            if own := {n: t.contiguous() for n, t in state.items() if n.startswith(OWN_TENSORS)}:
+                save_file(own, f'{beside}/gates.safetensors')
+            for file in self.tokenizer_files:
+                shutil.copyfile(file, f'{beside}/{Path(file).name}')
+            for pattern in ('*.safetensors*', 'pytorch_model*'):
+                for old in path.glob(pattern):  # an earlier save's would be read in place of these
+                    old.unlink()
+            for file in Path(beside).iterdir():
+                os.replace(file, path / file.name)
 
 
 # Hugging Face's names of our settings and tensors; the layouts are the same, fused QKV included
 
 OWN_TENSORS = ('gates.', 'ln_ponder.')  # tensors that GPT-NeoX does not have
-HF_CONFIG = dict(vocab_size='vocab_size', block_size='max_position_embeddings', n_layer='num_hidden_layers', n_head='num_attention_heads',
-                 n_embd='hidden_size', rotary_pct='rotary_pct', rotary_base='rotary_emb_base', norm_eps='layer_norm_eps')
-HF_NAMES = [('embed.', 'gpt_neox.embed_in.'), ('unembed.', 'embed_out.'), ('ln_f.', 'gpt_neox.final_layer_norm.'), ('blocks.', 'gpt_neox.layers.'),
-            ('.ln_1.', '.input_layernorm.'), ('.ln_2.', '.post_attention_layernorm.'), ('.attn.qkv.', '.attention.query_key_value.'),
-            ('.attn.proj.', '.attention.dense.'), ('.mlp.fc.', '.mlp.dense_h_to_4h.'), ('.mlp.proj.', '.mlp.dense_4h_to_h.'),
-            ('unembed.', 'lm_head.')]  # the last as transformers 5 names embed_out in memory
-
-
-def ours_to_hf(name):
-    for ours, theirs in HF_NAMES:
-        if name.startswith(ours) or (ours.startswith('.') and ours in name):
-            name = name.replace(ours, theirs, 1)
-    return name
+HF_CONFIG = dict(vocab_size='vocab_size', block_size='max_position_embeddings', n_layer='num_hidden_layers',
+                 n_head='num_attention_heads', n_embd='hidden_size', norm_eps='layer_norm_eps')
+HF_NAMES = {'gpt_neox.embed_in.': 'embed.', 'embed_out.': 'unembed.', 'lm_head.': 'unembed.', 'gpt_neox.final_layer_norm.': 'ln_f.',
+            'gpt_neox.layers.': 'blocks.', '.input_layernorm.': '.ln_1.', '.post_attention_layernorm.': '.ln_2.',
+            '.attention.query_key_value.': '.attn.qkv.', '.attention.dense.': '.attn.proj.',
+            '.mlp.dense_h_to_4h.': '.mlp.fc.', '.mlp.dense_4h_to_h.': '.mlp.proj.'}
 
 
 def hf_to_ours(name):
-    """Our name of a Hugging Face tensor; None for those that hold nothing learned (rotary and mask buffers) or nothing we use."""
-    if name.endswith(('.rotary_emb.inv_freq', '.attention.bias', '.attention.masked_bias')) or name.split('.')[-2:] == ['adapter', 'weight']:
-        return None
-    for ours, theirs in HF_NAMES:
-        if name.startswith(theirs) or (theirs.startswith('.') and theirs in name):
-            name = name.replace(theirs, ours, 1)
+    """Our name of a Hugging Face tensor."""
+    for theirs, ours in HF_NAMES.items():
+        name = name.replace(theirs, ours)
     return name
 
 
-def read_json(path):
-    try:
-        return json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as e:
-        raise ValueError(f'{path} is not JSON: {e}') from None
-
-
-def config_from_hf(path, n_iter=None, overrides={}):
-    """AdaPonderConfig from a config.json. Refuses by name what this model cannot represent."""
-    hf = read_json(path)
-    if hf.get('model_type') != 'gpt_neox' and not (hf.get('ponderinglm') and 'neox' in hf.get('model_type', '')):
-        raise ValueError(f'{path} has model_type {hf.get("model_type")!r}: only GPT-NeoX models (Pythia, PonderPythia) can be loaded')
-    lacking = [k for k in HF_CONFIG.values() if k not in hf and k not in ('rotary_pct', 'rotary_emb_base', 'layer_norm_eps')]
-    if lacking:
-        raise ValueError(f'{path} lacks {", ".join(lacking)}')
-    need = {'use_parallel_residual': True, 'hidden_act': 'gelu', 'tie_word_embeddings': False, 'attention_bias': True,
-            'intermediate_size': 4 * hf['hidden_size'], 'quantization_config': None}
+def config_from_hf(hf, n_iter=None, overrides={}):
+    """AdaPonderConfig from the dict in a config.json. Refuses by name what this model cannot represent."""
+    need = dict(model_type='gpt_neox', use_parallel_residual=True, hidden_act='gelu', tie_word_embeddings=False,
+                attention_bias=True, intermediate_size=4 * hf['hidden_size'], quantization_config=None)
     for name, value in need.items():
         if hf.get(name, value) != value:
-            raise ValueError(f'{path} has {name} = {hf[name]!r}, and this model can only be {value!r}')
-    rope = hf.get('rope_parameters') or {}  # transformers 5; before, rope_scaling, rotary_pct and rotary_emb_base
-    for scaling in (rope, hf.get('rope_scaling') or {}):
-        if scaling.get('rope_type', scaling.get('type', 'default')) != 'default':
-            raise ValueError(f'{path} has rope scaling {scaling}, which this model does not have')
-    own = {ours: hf[theirs] for ours, theirs in HF_CONFIG.items() if theirs in hf}
-    own.update({ours: rope[theirs] for ours, theirs in (('rotary_pct', 'partial_rotary_factor'), ('rotary_base', 'rope_theta')) if theirs in rope})
-    if 'ponderinglm' in hf:
+            raise ValueError(f'config.json has {name} = {hf[name]!r}, and this model can only be {value!r}')
+    rope = hf.get('rope_parameters') or hf.get('rope_scaling') or {}  # transformers 5; before, rope_scaling
+    if rope.get('rope_type', rope.get('type', 'default')) != 'default':
+        raise ValueError(f'config.json has rope scaling {rope}, which this model does not have')
+    own = {ours: hf[theirs] for ours, theirs in HF_CONFIG.items()}
+    own['rotary_pct'] = rope.get('partial_rotary_factor', hf.get('rotary_pct', 0.25))
+    own['rotary_base'] = rope.get('rope_theta', hf.get('rotary_emb_base', 10000))
+    if 'ponderinglm' in hf:  # PonderLM's keys; a vanilla Pythia has none, and is given AdaPonderConfig's n_iter
         own['n_iter'] = hf.get('pondering_steps', 0) + 1 if hf['ponderinglm'] else 1
     own['scale_embeds'] = bool(hf.get('scale_embeds', False))
+    own['multiply_pondering_steps'] = bool(hf.get('mutiply_pondering_steps', False))  # their spelling
     own.update(hf.get('adaponder', {}), **overrides)
     if n_iter is not None:
         own['n_iter'] = n_iter
     try:
         return AdaPonderConfig(**own)
     except TypeError as e:  # a field of a later version, or a typing error in overrides
-        raise ValueError(f'{path}: {e}') from None
+        raise ValueError(f'config.json: {e}') from None
 
 
-def find_pretrained(path):
-    """A local folder or file as a Path; a hub name is downloaded when huggingface_hub is installed."""
-    name, path = str(path), Path(path)
-    if path.exists():
-        if not ((path if path.is_dir() else path.parent) / 'config.json').is_file():
-            raise FileNotFoundError(f'{path} has no config.json beside its weights: give a Hugging Face model folder')
-        return path
-    if path.is_absolute() or name.startswith('.') or name.count('/') != 1:
-        raise FileNotFoundError(f'no folder {name}')
-    by_hand = f'get the folder with "hf download {name} --local-dir DIR" and give DIR'
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise FileNotFoundError(f'no folder {name}; if it is a hub name, pip install huggingface_hub, or {by_hand}') from None
-    try:
-        small = ['config.json', 'tokenizer.json', 'gates.*']
-        folder = Path(snapshot_download(name, allow_patterns=small + ['*.safetensors', '*.safetensors.index.json']))
-        if not weight_files(folder, ('model.safetensors',)):  # many repositories have both: one is enough
-            folder = Path(snapshot_download(name, allow_patterns=small + ['*.bin', '*.bin.index.json']))
-    except Exception as e:  # of the network, of the hub, of the cache
-        raise FileNotFoundError(f'no folder {name}, and the hub did not give it ({type(e).__name__}): {by_hand}') from None
-    return folder
-
-
-def weight_files(path, names):
-    """The files that hold the weights under the first of `names` that is there: one, or the shards that its index lists."""
-    if path.is_file() and path.suffix != '.json':
-        return [path]
-    for file in [path] if path.is_file() else [f for name in names for f in (path / name, path / (name + '.index.json'))]:
-        if file.is_file():
-            return [file] if file.suffix != '.json' else [file.parent / f for f in sorted(set(read_json(file)['weight_map'].values()))]
-    return []
-
-
-def read_tensors(file):
-    """(name, tensor) pairs of a weights file, mapped from the disk one at a time."""
-    if not file.is_file():
-        raise FileNotFoundError(f'the shard {file} is missing')
-    if file.suffix == '.safetensors':
-        try:
-            from safetensors import safe_open
-        except ImportError:
-            raise ValueError(f'{file} needs safetensors: pip install safetensors') from None
-        try:
-            f = safe_open(file, framework='pt')
-        except Exception as e:  # the library has its own kind
-            raise ValueError(f'{file} is not a readable safetensors file: {e}') from None
-        with f:
-            for name in f.keys():
-                yield name, f.get_tensor(name)
-    else:
-        try:
-            state = torch.load(file, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(file))
-        except Exception as e:  # torch raises many kinds, from zipfile's to pickle's
-            raise ValueError(f'{file} is not a readable weights file ({type(e).__name__})') from None
-        if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
-            raise ValueError(f'{file} is not a plain dict of tensors')
-        yield from state.items()
+def first_line(error):
+    """One sentence of an exception: libraries like to add advice of many lines."""
+    return f'{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ""}'
 
 
 def load_checkpoint(path, map_location='cpu'):
-    """The dict in a checkpoint: 'config', 'model', 'meta' and train.py's state. Nothing is unpickled but tensors and plain types."""
+    """The dict in a checkpoint of train.py. Nothing is unpickled but tensors and plain types."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f'no checkpoint at {path}: train one with python train.py config/tiny.py')
     try:
         state = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as e:  # torch raises many kinds, from zipfile's to pickle's
-        raise ValueError(f'{path} is not a readable checkpoint of this project ({type(e).__name__})') from None
-    if not isinstance(state, dict) or state.get('adaponder') != 1:
+        raise ValueError(f'{path} is not a readable checkpoint ({type(e).__name__})') from None
+    if not isinstance(state, dict) or not {'adaponder', 'config', 'model'} <= state.keys():
         raise ValueError(f'{path} is a checkpoint of another project')
     return state
 
 
-def config_from_state(state, **changes):
-    """AdaPonderConfig of what load_checkpoint() returned, with fields changed."""
-    try:
-        return AdaPonderConfig(**{**state['config'], **changes})
-    except TypeError as e:
-        raise ValueError(f'the checkpoint is of another version of this project: {e}') from None
+# -----------------------------------------------------------------------------
+# Sampling
 
-
-def per_sequence(generator, n):
-    """One random generator for each of n sequences: `generator` itself if it is a list, else seeded from it (None: from torch's own)."""
-    if isinstance(generator, (list, tuple)):
-        if len(generator) != n:
-            raise ValueError(f'{len(generator)} generators for {n} sequences')
-        return list(generator)
-    seeds = torch.randint(2 ** 62, (n,), generator=generator, device=generator.device if generator else 'cpu').tolist()
-    return [torch.Generator().manual_seed(s) for s in seeds]
+def check_sampling(temperature, top_k=None, top_p=None):
+    if not 0 <= temperature < math.inf or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise ValueError('temperature must be >= 0, top_k at least 1, top_p in (0, 1]')
 
 
 def sample(logits, u, temperature=1.0, top_k=None, top_p=None):
-    """Draw a token for each row by inverting the distribution function at u. logits: (N, vocab), u: (N,) in [0, 1) -> (N,) int64.
+    """Draw a token a row by inverting the distribution function at u. logits: (N, vocab), u: (N,) in [0, 1) -> (N,) int64.
 
-    top_k keeps the k likeliest tokens; top_p (nucleus) the likeliest ones that together reach p. temperature 0: the likeliest.
+    top_k keeps the k likeliest tokens; top_p (nucleus) the likeliest that together reach p. temperature 0: the likeliest.
+    Raises ValueError where logits are not finite.
     """
+    if not torch.isfinite(logits).all():
+        raise ValueError('the logits are not finite: the model diverged in training, or its weights are damaged')
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.double() / temperature
+    logits = logits.float()
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0, so no temperature overflows
     if top_k is not None and top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     if top_p is not None and top_p < 1:
@@ -1130,4 +776,78 @@ def sample(logits, u, temperature=1.0, top_k=None, top_p=None):
         drop = torch.empty_like(p, dtype=torch.bool).scatter_(-1, order, p.cumsum(-1) - p >= top_p)
         logits = logits.masked_fill(drop, -math.inf)
     cdf = F.softmax(logits, dim=-1).cumsum(-1)
-    return torch.searchsorted(cdf, (u.double() * cdf[:, -1])[:, None], right=True)[:, 0].clamp(max=logits.size(-1) - 1)
+    u = u.to(cdf)[:, None] * cdf[:, -1:]
+    return torch.searchsorted(cdf, u, right=True)[:, 0].clamp(max=logits.size(-1) - 1)
+
+
+# -----------------------------------------------------------------------------
+# Training with gates
+
+def hash_uniform(row, pos, salt=0):
+    """A number in [0, 1) for each token that looks random and depends on (row, pos, salt) alone. row, pos: int64 tensors."""
+    x = (row * 0x9E3779B1 + pos * 0x85EBCA77 + (salt + 1) * 0xC2B2AE3D % 2 ** 32) & 0xFFFFFFFF
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):  # a 32-bit hash that mixes well
+        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+    return ((x ^ (x >> 16)) >> 8).float() / 2 ** 24
+
+
+class HaltingSchedule:
+    """When the gates of a model begin to act in training, and how much they halt. A training loop needs two calls a step:
+
+        out = model(x, y, **schedule.at(step))
+        ...
+        schedule.update(step, out.depth)
+
+    Until step `start` no token halts; from there to `full` the halting rises to its final amount.
+    objective 'saving': k_max is the share of the iterations 2 .. n_iter that shall not run. update() moves tau, the least
+    saving in nats for which a token goes on, until this share is met. Gates learn what going on saves from tokens that go
+    on, so some are forced to run all iterations: all of them until start, a share `explore` at full, none at the end,
+    because inference will not see the keys and values that they leave in later iterations.
+    objective 'paper': k_max is the fraction of the gate values in paper_loss(), and nothing is forced.
+    gates_alone: that many steps from `start` on train the gates with the backbone frozen (the loop must freeze it).
+    """
+
+    def __init__(self, cfg, max_steps, start=None, full=None, k_max=0.15, ponder_lambda=0.1, explore=0.1, gates_alone=0, seed=0):
+        self.cfg, self.max_steps, self.k_max, self.explore, self.seed = cfg, max_steps, k_max, explore, seed
+        self.ponder_lambda = ponder_lambda
+        self.start = max_steps // 10 if start is None else start
+        self.full = max_steps // 4 if full is None else full
+        self.acting = self.start + (gates_alone if cfg.objective == 'saving' else 0)  # gates that predict learn before
+
+    def ramp(self, step):
+        """From 0, when gates begin to act, to 1."""
+        return min(1.0, max(0.0, (step - self.acting) / max(1, self.full - self.acting)))
+
+    def k(self, step):
+        """The share that shall halt: it rises ever more slowly with 'saving', since a tau that still rises overshoots."""
+        ramp = self.ramp(step)
+        return self.k_max * (ramp if self.cfg.objective == 'paper' else ramp * (2 - ramp))
+
+    def forced(self, step, row, pos, micro=0):
+        """Which tokens run all iterations whatever their gates say, bool like row. micro: number of the micro-batch."""
+        fade = min(1.0, (self.max_steps - step) / max(1, self.max_steps - self.full))
+        share = 1 - (1 - self.explore * fade) * self.ramp(step)
+        return hash_uniform(row, pos, salt=hash((self.seed, step, micro))) < share
+
+    def at(self, step, micro=0):
+        """Keyword arguments for the model's forward at this step."""
+        if not self.cfg.halting or self.cfg.n_iter == 1:
+            return {}
+        if self.cfg.objective == 'paper':
+            return dict(halting=step >= self.start, k=self.k(step), ponder_lambda=self.ponder_lambda)
+
+        def policy(i, s, h, row, pos):
+            return (s >= self.cfg.tau) | self.forced(step, row, pos, micro)
+        return dict(policy=policy, ponder_lambda=self.ponder_lambda)
+
+    def halted(self, step, depth, micro=0):
+        """The share of iterations 2 .. n_iter that the tokens which were free to halt did not run. depth: (B, T) -> ()."""
+        row, pos = torch.meshgrid(*(torch.arange(n, device=depth.device) for n in depth.shape), indexing='ij')
+        free = ~self.forced(step, row, pos, micro)
+        return ((self.cfg.n_iter - depth) * free).sum() / free.sum().clamp(min=1) / max(1, self.cfg.n_iter - 1)
+
+    def update(self, step, depth=None, halted=None):
+        """After a step: move tau towards the share that shall halt. Give depth (B, T), or `halted` over several batches."""
+        if self.cfg.objective == 'saving' and step >= self.acting:
+            halted = float(self.halted(step, depth) if halted is None else halted)
+            self.cfg.tau = min(0.999, max(1e-6, self.cfg.tau * math.exp(self.k(step) - halted)))

@@ -87,7 +87,7 @@ def temporary_path(path):
 
 def write_beside(path, data):
     """Write bytes so that the file appears under its name whole or not at all, whenever the process is killed."""
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))  # unlike Path.expanduser, lets an unknown ~user stand
     temporary = temporary_path(path)
     try:
         temporary.write_bytes(data)
@@ -99,10 +99,10 @@ def write_beside(path, data):
 
 def check_writable(path):
     """Raise UsageError unless write_beside(path) will work: asked before the work whose result goes there."""
-    path = Path(path).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(path))
+    if os.path.isdir(path):
         raise UsageError(f'{path} is a folder: give the name of a file')
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not path.is_file():
         raise UsageError(f'{path} is not a regular file: give another name')
     try:
         temporary_path(path).touch()
@@ -117,7 +117,7 @@ def lock(folder):
     Raises UsageError if another process holds the lock. A file system without locks (some NFS and Lustre mounts) is
     used without one, with a warning.
     """
-    file = open(Path(folder) / 'lock', 'a')
+    file = open(Path(os.path.expanduser(folder)) / 'lock', 'a')
     try:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

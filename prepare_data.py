@@ -24,7 +24,6 @@ if __name__ == '__main__':
 import argparse
 import base64
 import codecs
-import copy
 import glob
 import gzip
 import hashlib
@@ -49,7 +48,7 @@ SPLITS = ('train', 'val')
 SHAKESPEARE = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 LEFT_OUT = ('__pycache__', 'site-packages', 'dist-packages')  # folders that are not searched
 PIECE = 2**20    # characters of a longest piece: a longer document is encoded in pieces, where that changes no token
-BATCH = 2**24    # characters that are encoded together, by all threads
+BATCH = 2**22    # characters that are encoded together, by all threads
 HASHED = 2**18   # characters of a document that decide whether it is for training or validation
 SAVE_EVERY = 10  # seconds of work that an interruption may cost
 
@@ -84,15 +83,10 @@ def command_line(main):
         sys.exit(2)
 
 
-def temporary_path(path):
-    """Where write_beside() collects a file: in the same folder, so that the rename is atomic, and one name a process."""
-    return path.with_name(f'{path.name}.{os.getpid()}.tmp')
-
-
 def write_beside(path, data):
     """Write bytes so that the file appears under its name whole or not at all, whenever the process is killed."""
     path = Path(os.path.expanduser(path))  # unlike Path.expanduser, lets an unknown ~user stand
-    temporary = temporary_path(path)
+    temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
     try:
         temporary.write_bytes(data)
         os.replace(temporary, path)
@@ -108,11 +102,12 @@ def check_writable(path):
         raise UsageError(f'{path} is a folder: give the name of a file')
     if os.path.exists(path) and not path.is_file():
         raise UsageError(f'{path} is not a regular file: give another name')
+    trial = path.with_name(f'{path.name}.test')
     try:
-        temporary_path(path).touch()
-        temporary_path(path).unlink()
+        write_beside(trial, b'')
+        trial.unlink()
     except OSError as e:
-        raise UsageError(f'{path} cannot be written ({e.strerror}): give a name in a folder that is there and writable')
+        raise UsageError(f'{path} cannot be written ({e.strerror}): give a file in a folder that is there and writable')
 
 
 def lock(folder):
@@ -163,12 +158,11 @@ LONG_BLANKS = re.compile(r'[^\S\x1c-\x1f]{100000,}')
 # a single space between two letters. The patterns of GPT-2, GPT-NeoX, cl100k and o200k all begin a new word there,
 # whatever stands further left or right, and NFC composes nothing across it.
 SAFE_CUT = re.compile(r'(?<=\S\n)(?=[^\W_])|(?<=[^\W\d_])(?= [^\W\d_])')
-ANYWHERE = re.compile(r'(?=[\s\S])')
 NOWHERE = re.compile('(?!)')
 
 
 def load_tokenizer(tokenizer, folder=None):
-    """Return the tokenizer of a name, a file, or a data folder: a tiktoken.Encoding or a HuggingFaceTokenizer.
+    """Return the tiktoken.Encoding of a name, a file, or a data folder.
 
     tokenizer: 'bytes', a name that tiktoken knows, a .tiktoken or tokenizer.json file, or the contents of a meta.json,
     with `folder` where it lies. The result has an attribute sha256, of the file or of the tokens. Encode documents by
@@ -183,7 +177,7 @@ def load_tokenizer(tokenizer, folder=None):
     if path.suffix in ('.tiktoken', '.json'):
         if not path.is_file():
             raise UsageError(f'there is no tokenizer file {path}')
-        enc = load_tiktoken_file(path) if path.suffix == '.tiktoken' else HuggingFaceTokenizer(path)
+        enc = load_tiktoken_file(path) if path.suffix == '.tiktoken' else HuggingFaceEncoding(path)
         enc.sha256 = file_sha256(path)
     else:
         enc = load_named_tokenizer(name)
@@ -206,10 +200,14 @@ def load_named_tokenizer(name):
         raise UsageError(f'unknown tokenizer {name!r}: give bytes, one of {", ".join(known)}, '
                          'or a .tiktoken or tokenizer.json file')
     try:
-        return tiktoken.get_encoding(name)
+        enc = tiktoken.get_encoding(name)
     except Exception as e:  # tiktoken lets through whatever its HTTP library raises
         raise UsageError(f'tiktoken could not download {name} ({type(e).__name__}): '
                          'without a network use bytes, or a .tiktoken or tokenizer.json file')
+    if name in ('gpt2', 'r50k_base', 'p50k_base'):
+        enc = GPT2Encoding(name, pat_str=enc._pat_str, mergeable_ranks=enc._mergeable_ranks,
+                           special_tokens=enc._special_tokens)
+    return enc
 
 
 def load_tiktoken_file(path):
@@ -241,8 +239,10 @@ class GPT2Encoding(tiktoken.Encoding):
         return ids + super().encode_ordinary(text[start:])
 
 
-class HuggingFaceTokenizer:
-    """A byte-level tokenizer.json, run by `tokenizers`, with the part of tiktoken.Encoding that this project uses."""
+class HuggingFaceEncoding(tiktoken.Encoding):
+    """A byte-level tokenizer.json: `tokenizers` encodes, and tiktoken decodes."""
+
+    encode = encode_to_numpy = None  # only encode_ordinary() and encode_ordinary_batch() are there
 
     def __init__(self, path):
         library = optional('tokenizers', path)
@@ -258,39 +258,24 @@ class HuggingFaceTokenizer:
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.tokenizer.encode_special_tokens = True  # special tokens within a text are ordinary text
-
-        self.name = path.name
-        self.n_vocab = max(self.tokenizer.get_vocab().values()) + 1
-        self._special_tokens = {t['content']: t['id'] for t in spec['added_tokens'] if t['special']}
-        self.eot_token = self._special_tokens.get(EOT)
         self.safe_cut = SAFE_CUT if splits_like_gpt2(spec) else NOWHERE
 
         # A byte is written as a printable character: itself if it is one, else the next one from U+0100 on.
         # Added tokens are written as they are.
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = sorted(set(range(256)) - set(printable))
-        self.byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-        self.added = {t['id']: t['content'].encode() for t in spec['added_tokens']}
-
-    def encode_ordinary_batch(self, texts, num_threads=None):
-        """Token ids of each text, nothing added in front or behind. RAYON_NUM_THREADS sets the number of threads."""
-        return [e.ids for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+        added = {token['content']: token['id'] for token in spec['added_tokens']}
+        vocab = self.tokenizer.get_vocab()
+        ranks = {bytes(byte_of[c] for c in name): i for name, i in vocab.items() if name not in added}
+        super().__init__(path.name, pat_str='', mergeable_ranks=ranks, special_tokens=added)
 
     def encode_ordinary(self, text):
         return self.encode_ordinary_batch([text])[0]
 
-    def decode_single_token_bytes(self, token):
-        """The bytes of a token; KeyError if no token has this number."""
-        if token in self.added:
-            return self.added[token]
-        name = self.tokenizer.id_to_token(token)
-        if name is None:
-            raise KeyError(token)
-        return bytes(self.byte_of[char] for char in name)
-
-    def decode(self, tokens):
-        data = b''.join(self.decode_single_token_bytes(int(token)) for token in tokens)
-        return data.decode('utf-8', errors='replace')
+    def encode_ordinary_batch(self, texts, num_threads=None):
+        """The token ids of each text. The variable RAYON_NUM_THREADS sets the number of threads, not num_threads."""
+        return [e.ids for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def splits_like_gpt2(spec):
@@ -355,9 +340,9 @@ def download_shakespeare(out):
 
 
 def read_pieces(path, safe_cut):
-    """Yield (text, whether its document ends here, position in the file): the documents of an input, long ones in pieces.
+    """Yield the documents of one input, long ones in pieces: (text, whether its document ends here, bytes read so far).
 
-    Raises UnicodeError for a text file that is not text, and ValueError for anything else that is wrong with a file.
+    Raises UnicodeError for a text file that is not text, and UsageError for anything else that is wrong with it.
     """
     name = str(path).lower()
     form = Path(re.sub(r'\.(gz|zst)$', '', name)).suffix
@@ -421,76 +406,80 @@ def row_text(row, where):
     """The text of a row of a table, or of a line of JSON (bytes)."""
     try:
         text = (json.loads(row) if isinstance(row, bytes) else row)['text']
-        return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')  # half a surrogate pair is no character
+        # half a surrogate pair, as JSON may hold it, is no character
+        return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UsageError(f'{where} is not an object with a string "text": mend it or leave it out')
 
 
-def split_side(text, val_fraction):
-    """0 for training or 1 for validation: a hash of the beginning of a document decides."""
+def read_batches(inputs, safe_cut, val_fraction, state):
+    """Yield batches (list of (text, whether its document ends, split), bytes read); split is 0 for train, 1 for val.
+
+    Begins at the place that `state` holds, and keeps it up to date: the number of the input, the pieces read of it, and
+    the split of the document that goes on there.
+    """
+    batch, size, split, text_bytes = [], 0, state['split'], sum(state['bytes'])
+    first, done = state['input'], state['pieces']
+    before = sum(file_size for _, _, file_size in inputs[:first])
+    for n, (path, named, file_size) in enumerate(inputs[first:], first):
+        number = 0
+        try:
+            for number, (text, last, position) in enumerate(read_pieces(path, safe_cut), 1):
+                if not text or (n == first and number <= done):
+                    continue
+                if state['train_bytes'] is None:
+                    split = split_of(text, val_fraction) if split is None else split
+                    batch.append((text, last, split))
+                else:
+                    batch += cut_in_two(text, last, state['train_bytes'] - text_bytes)
+                    text_bytes += len(text.encode())
+                split = None if last else split
+                size += len(text)
+                if size >= BATCH:
+                    state |= {'input': n, 'pieces': number, 'split': split}
+                    yield batch, before + position
+                    batch, size = [], 0
+        except UnicodeError as e:
+            if named or number:  # in a folder too, once a part of it is written
+                raise UsageError(f'{path} {e}: unpack an archive, convert to UTF-8, or leave it out')
+            state['skipped'].append(str(path))
+        before += file_size
+    state |= {'input': len(inputs), 'pieces': 0, 'split': None}
+    yield batch, before
+
+
+def split_of(text, val_fraction):
+    """0 (train) or 1 (val), from a hash of the beginning of a document."""
     digest = hashlib.blake2b(text[:HASHED].encode(), digest_size=8).digest()
     return int(int.from_bytes(digest, 'big') / 2**64 < val_fraction)
 
 
-def read_batches(inputs, sizes, state, enc, val_fraction, skipped, bar):
-    """Yield (place, list of (text, whether its document ends, side)) from state['place'] on; side: 0 train, 1 val.
-
-    A place is the number of an input, how many of its pieces were read, and the side of the document that goes on
-    there. Files of folders that are not text go to the list `skipped`.
-    """
-    first, done, side = state['place']
-    batch, size, bytes_read = [], 0, sum(state['bytes'])
-    safe_cut = ANYWHERE if enc.name == 'bytes' else getattr(enc, 'safe_cut', SAFE_CUT)
-    for n, (path, named) in enumerate(inputs[first:], first):
-        k, skip = 0, done if n == first else 0
-        try:
-            for k, (text, last, position) in enumerate(read_pieces(path, safe_cut), 1):
-                if k <= skip or not text:
-                    continue
-                bytes_read += len(text.encode())
-                if state['train_bytes'] is None:
-                    side = split_side(text, val_fraction) if side is None else side
-                    batch.append((text, last, side))
-                else:
-                    # all that comes after so many bytes is for validation; a character is not cut
-                    data = text.encode()
-                    head = data[:max(0, state['train_bytes'] - bytes_read + len(data))].decode(errors='ignore')
-                    if head:
-                        batch.append((head, last or bytes_read >= state['train_bytes'], 0))
-                    if head != text:
-                        batch.append((text[len(head):], last, 1))
-                side = None if last else side
-                size += len(text)
-                bar.update(max(0, sum(sizes[:n]) + position - bar.n))
-                if size >= BATCH:
-                    yield [n, k, side], batch
-                    batch, size = [], 0
-        except UnicodeError as e:
-            if named or k:  # k: a part of it is written already
-                raise UsageError(f'{path} {e}: unpack an archive, convert to UTF-8, or leave it out')
-            skipped.append(path)
-    if batch:
-        yield [n, k, side], batch
-    bar.update(max(0, sum(sizes) - bar.n))
+def cut_in_two(text, last, train_bytes):
+    """Batch items of a text, of which train_bytes are for training, which then ends, and the rest for validation."""
+    data = text.encode()
+    head = data[:max(0, train_bytes)].decode(errors='ignore')  # a character is not cut
+    items = [(head, last or len(data) >= train_bytes, 0), (text[len(head):], last, 1)]
+    return [item for item in items if item[0]]
 
 
 # token files
 
 class TokenFiles:
-    """The token files of one split: split.bin, or split_00000.bin, split_00001.bin, ... with `limit` tokens each."""
+    """The token files of one split: NAME.bin, or NAME_00000.bin, NAME_00001.bin, ... with `limit` tokens each."""
 
-    def __init__(self, folder, split, dtype, limit, tokens):
+    def __init__(self, folder, name, dtype, limit, tokens):
         """tokens: how many stand in the files; what an interrupted run wrote behind them is cut off."""
-        self.folder, self.split, self.dtype, self.tokens = folder, split, np.dtype(dtype), tokens
+        self.folder, self.name, self.dtype, self.tokens = folder, name, np.dtype(dtype), tokens
         self.limit = limit or sys.maxsize
         last, rest = divmod(tokens, self.limit)
-        if rest and self.path(last).stat().st_size < rest * self.dtype.itemsize:
-            raise UsageError(f'{self.path(last)} is shorter than its progress.json says: remove the folder {folder}')
         if rest:
-            os.truncate(self.path(last), rest * self.dtype.itemsize)
+            path, size = self.path(last), rest * self.dtype.itemsize
+            if path.stat().st_size < size:
+                raise UsageError(f'{path} is shorter than progress.json says: remove {folder}')
+            os.truncate(path, size)
 
     def path(self, i):
-        return self.folder / (f'{self.split}.bin' if self.limit == sys.maxsize else f'{self.split}_{i:05d}.bin')
+        return self.folder / (f'{self.name}.bin' if self.limit == sys.maxsize else f'{self.name}_{i:05d}.bin')
 
     def write(self, ids):
         while len(ids):
@@ -509,14 +498,23 @@ class TokenFiles:
 
 
 def encode_all(batches, enc, workers):
-    """Yield (place, token ids of every text) for the batches, encoded in threads: the libraries let go of the GIL."""
-    for place, batch in batches:
+    """Yield for each batch ((token ids, documents that end, bytes) of train, the same of val, bytes read).
+
+    The texts of a batch are encoded in threads: the libraries release Python's lock.
+    """
+    for batch, position in batches:
         texts = [text for text, _, _ in batch]
         if enc.name == 'bytes':
-            ids = [np.frombuffer(text.encode(), np.uint8) for text in texts]
+            encoded = [np.frombuffer(text.encode(), np.uint8) for text in texts]
         else:
-            ids = enc.encode_ordinary_batch(texts, num_threads=workers)
-        yield place, zip(batch, ids)
+            encoded = enc.encode_ordinary_batch(texts, num_threads=workers)
+        ids, documents, size = [[], []], [0, 0], [0, 0]
+        for (text, last, split), tokens in zip(batch, encoded):
+            ids[split] += [tokens, [enc.eot_token]] if last else [tokens]
+            documents[split] += last
+            size[split] += len(text.encode())
+        ids = [np.concatenate([np.zeros(0, np.uint32), *part], dtype=np.uint32, casting='unsafe') for part in ids]
+        yield *zip(ids, documents, size), position
 
 
 # the whole preparation
@@ -540,7 +538,7 @@ def prepare(sources=('stdlib',), out='data/stdlib', tokenizer='bytes', val_fract
     if shard:
         i, n = map(int, shard.split('/')) if re.fullmatch('[0-9]{1,9}/[0-9]{1,9}', shard) else (0, 0)
         if not i < n <= len(inputs):
-            raise UsageError(f'--shard must be i/n, not {shard}: i from 0 to n - 1, n at most {len(inputs)}, the input files')
+            raise UsageError(f'--shard must be i/n, not {shard}: 0 <= i < n <= {len(inputs)} (input files)')
         inputs = inputs[len(inputs) * i // n:len(inputs) * (i + 1) // n]
         out = whole / f'shard_{i:05d}_of_{n:05d}'
     os.environ['RAYON_NUM_THREADS'] = str(workers or os.cpu_count())  # for `tokenizers`
@@ -560,9 +558,7 @@ def prepare(sources=('stdlib',), out='data/stdlib', tokenizer='bytes', val_fract
     with lock(work):
         try:
             write_tokens(inputs, work, enc, meta, int(shard_tokens), workers or os.cpu_count(), may_cut=not shard)
-            if is_file:
-                write_beside(work / meta['tokenizer'], file.read_bytes())
-            publish(work, out, meta)
+            publish(work, out, meta, file if is_file else None)
         except BaseException:
             if not (work / 'progress.json').is_file():  # nothing that is worth to continue
                 shutil.rmtree(work)
@@ -574,75 +570,80 @@ def prepare(sources=('stdlib',), out='data/stdlib', tokenizer='bytes', val_fract
     return join_shards(whole, n, meta) if shard else meta
 
 
-def write_tokens(inputs, work, enc, meta, shard_tokens, workers, may_cut):
+def write_tokens(paths, work, enc, meta, shard_tokens, workers, may_cut):
     """Write the token files of both splits into the folder `work`, and add 'train' and 'val' to meta.
 
-    Continues where an interrupted preparation of the same inputs with the same settings left off.
+    Continues where an interrupted preparation of the same files with the same settings left off.
     """
-    stats = [path.stat() if isinstance(path, Path) else None for path, _ in inputs]
-    sizes = [s.st_size if s else 0 for s in stats]
+    stats = [path.stat() if isinstance(path, Path) else None for path, _ in paths]
+    inputs = [(path, named, stat.st_size if stat else 0) for (path, named), stat in zip(paths, stats)]
+    files = [[str(path), stat and stat.st_size, stat and stat.st_mtime_ns] for (path, _), stat in zip(paths, stats)]
+    job = hashlib.sha256(json.dumps([meta, shard_tokens, files]).encode()).hexdigest()
     if not all(stats):
         print('a dataset of the hub has no known length: the bar cannot show the time that is left')
-    described = [meta, shard_tokens, sizes, [[str(path), s and s.st_mtime_ns] for (path, _), s in zip(inputs, stats)]]
-    job = hashlib.sha256(json.dumps(described).encode()).hexdigest()
-    new = {'job': job, 'train_bytes': None, 'place': [0, 0, None], 'tokens': [0, 0], 'documents': [0, 0], 'bytes': [0, 0]}
     progress = work / 'progress.json'
     state = json.loads(progress.read_text(encoding='utf-8')) if progress.is_file() else {}
     if state.get('job') != job:
         progress.unlink(missing_ok=True)
-        state = copy.deepcopy(new)
+        state = new_state(job)
 
-    write_splits(inputs, sizes, work, enc, meta, shard_tokens, workers, state)
+    write_splits(inputs, work, enc, meta, shard_tokens, workers, state)
     total = sum(state['bytes'])
     if not total:
         raise UsageError(f'no text in {", ".join(meta["source"])}: give other files')
     if may_cut and not all(state['tokens']):
-        # The hashes of a few documents may put them all on one side. Then the end of all the text is for validation,
-        # and a document may be cut in two. This starts anew.
+        # The hashes of a few documents may put all of them into one split. Then we begin again, and the end of all the
+        # text is for validation, whichever documents it belongs to.
         progress.unlink(missing_ok=True)
-        state = new | {'train_bytes': total - max(1, int(total * meta['val_fraction']))}
-        print(f'so few documents do not split by their hashes: the last {total - state["train_bytes"]:,} bytes of the text '
-              'are for validation')
-        write_splits(inputs, sizes, work, enc, meta, shard_tokens, workers, state)
+        state = new_state(job, train_bytes=total - max(1, int(total * meta['val_fraction'])))
+        print(f'too few documents to choose some: the last {meta["val_fraction"]:.1%} of the text is for validation')
+        write_splits(inputs, work, enc, meta, shard_tokens, workers, state)
         if not all(state['tokens']):
             raise UsageError(f'{total} bytes of text are too few for training and validation: give more')
 
 
-def write_splits(inputs, sizes, work, enc, meta, shard_tokens, workers, state):
-    """Encode all inputs from state['place'] on, and keep state up to date, in progress.json too."""
-    files = [TokenFiles(work, split, meta['dtype'], shard_tokens, n) for split, n in zip(SPLITS, state['tokens'])]
-    skipped, saved = [], time.monotonic()
-    with tqdm(total=sum(sizes), unit='B', unit_scale=True, desc=str(work.parent), mininterval=0.5) as bar:
-        batches = read_batches(inputs, sizes, state, enc, meta['val_fraction'], skipped, bar)
-        for state['place'], encoded in encode_all(batches, enc, workers):
-            for (text, last, side), ids in encoded:
-                files[side].write(np.array([*ids, enc.eot_token] if last else ids))
-                state['documents'][side] += last
-                state['bytes'][side] += len(text.encode())
-            state['tokens'] = [split.tokens for split in files]
+def new_state(job, train_bytes=None):
+    """How far a preparation is. train_bytes: what comes after so many bytes is for validation; None: by hash."""
+    return {'job': job, 'train_bytes': train_bytes, 'input': 0, 'pieces': 0, 'split': None, 'skipped': [],
+            'tokens': [0, 0], 'documents': [0, 0], 'bytes': [0, 0]}
+
+
+def write_splits(inputs, work, enc, meta, shard_tokens, workers, state):
+    """Read, encode and write all that is left of the inputs; `state` is saved in progress.json now and then."""
+    splits = [TokenFiles(work, split, meta['dtype'], shard_tokens, n) for split, n in zip(SPLITS, state['tokens'])]
+    batches = read_batches(inputs, getattr(enc, 'safe_cut', SAFE_CUT), meta['val_fraction'], state)
+    saved = time.monotonic()
+    with tqdm(total=sum(size for _, _, size in inputs), unit='B', unit_scale=True, desc=str(work.parent)) as bar:
+        for *encoded, position in encode_all(batches, enc, workers):
+            for i, (ids, documents, size) in enumerate(encoded):
+                splits[i].write(ids)
+                state['tokens'][i] += len(ids)
+                state['documents'][i] += documents
+                state['bytes'][i] += size
+            bar.update(position - bar.n)
             if time.monotonic() - saved > SAVE_EVERY:
                 write_beside(work / 'progress.json', json.dumps(state).encode())
                 saved = time.monotonic()
-    if skipped:
-        print(f'skipped {len(skipped)} files that are not text in UTF-8, the first is {skipped[0]}')
-    for i, split in enumerate(files):
-        meta[split.split] = {key: state[key][i] for key in ('tokens', 'documents', 'bytes')}
-        meta[split.split]['files'] = split.describe()
+    if state['skipped']:
+        print(f'skipped {len(state["skipped"])} files that are not text in UTF-8, the first is {state["skipped"][0]}')
+    for i, split in enumerate(splits):
+        meta[split.name] = {key: state[key][i] for key in ('tokens', 'documents', 'bytes')}
+        meta[split.name]['files'] = split.describe()
 
 
-def publish(work, out, meta):
-    """Move the finished files from `work` to `out`. There is a meta.json only while the files are as it says."""
-    (work / 'meta.json').write_text(json.dumps(meta, indent=1), encoding='utf-8')
+def publish(work, out, meta, tokenizer_file):
+    """Move the finished files from `work` to `out`. A meta.json is there only while the files are as it says."""
+    tokenizer = tokenizer_file.read_bytes() if tokenizer_file else None
     (work / 'progress.json').unlink(missing_ok=True)
     (out / 'meta.json').unlink(missing_ok=True)
     for old in list(out.iterdir()):
-        if re.fullmatch(r'(train|val)(_\d{5,})?\\.bin', old.name):
+        if re.fullmatch(r'(train|val)(_\d{5,})?\.bin', old.name):
             old.unlink()
-    names = [file['name'] for split in SPLITS for file in meta[split]['files']]
-    if (work / meta['tokenizer']).is_file():
-        names.append(meta['tokenizer'])
-    for name in [*names, 'meta.json']:
-        os.replace(work / name, out / name)
+    for file in meta['train']['files'] + meta['val']['files']:
+        os.replace(work / file['name'], out / file['name'])
+    if tokenizer:
+        write_beside(out / meta['tokenizer'], tokenizer)
+    write_beside(out / 'meta.json', json.dumps(meta, indent=1).encode())
     shutil.rmtree(work)
 
 
@@ -664,7 +665,7 @@ def join_shards(whole, n, meta):
         joined[split]['files'] = [file | {'name': f'{folder.name}/{file["name"]}'}
                                   for folder, m in zip(folders, metas) for file in m[split]['files']]
         if not joined[split]['tokens']:
-            raise UsageError(f'no document is in the {split} split: give another --val_fraction, or prepare without --shard')
+            raise UsageError(f'no document is in the {split} split: give another --val_fraction, or leave out --shard')
     tokenizer = folders[0] / meta['tokenizer']
     if tokenizer.is_file():
         write_beside(whole / tokenizer.name, tokenizer.read_bytes())

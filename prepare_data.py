@@ -633,17 +633,18 @@ def write_splits(inputs, work, enc, meta, shard_tokens, workers, state):
 
 def publish(work, out, meta, tokenizer_file):
     """Move the finished files from `work` to `out`. A meta.json is there only while the files are as it says."""
-    tokenizer = tokenizer_file.read_bytes() if tokenizer_file else None
+    names = [file['name'] for split in SPLITS for file in meta[split]['files']]
+    if tokenizer_file:
+        names.append(meta['tokenizer'])
+        (work / meta['tokenizer']).write_bytes(tokenizer_file.read_bytes())
+    (work / 'meta.json').write_text(json.dumps(meta, indent=1), encoding='utf-8')
     (work / 'progress.json').unlink(missing_ok=True)
     (out / 'meta.json').unlink(missing_ok=True)
     for old in list(out.iterdir()):
         if re.fullmatch(r'(train|val)(_\d{5,})?\.bin', old.name):
             old.unlink()
-    for file in meta['train']['files'] + meta['val']['files']:
-        os.replace(work / file['name'], out / file['name'])
-    if tokenizer:
-        write_beside(out / meta['tokenizer'], tokenizer)
-    write_beside(out / 'meta.json', json.dumps(meta, indent=1).encode())
+    for name in [*names, 'meta.json']:
+        os.replace(work / name, out / name)
     shutil.rmtree(work)
 
 

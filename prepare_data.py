@@ -248,26 +248,24 @@ class HuggingFaceEncoding(tiktoken.Encoding):
         library = optional('tokenizers', path)
         try:
             text = path.read_text(encoding='utf-8-sig')
-            spec = json.loads(text)
             self.tokenizer = library.Tokenizer.from_str(text)
-            byte_level = spec['decoder']['type'] == 'ByteLevel' and not spec['model'].get('dropout')
-        except (Exception, RecursionError) as e:  # the library raises plain Exception
-            raise UsageError(f'{path} cannot be read as a tokenizer.json ({e}): give another file')
-        if not byte_level:
-            raise UsageError(f'{path} is not a byte-level tokenizer, or has dropout: give another file')
+            spec = json.loads(text)
+            if spec['decoder']['type'] != 'ByteLevel' or spec['model'].get('dropout'):
+                raise ValueError('it is not of bytes, or has dropout')
+            # A byte is written as a printable character: itself if it is one, else the next one from U+0100 on.
+            # Added tokens are written as they are.
+            printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+            others = sorted(set(range(256)) - set(printable))
+            byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+            added = {token['content']: token['id'] for token in spec['added_tokens']}
+            vocab = self.tokenizer.get_vocab()
+            ranks = {bytes(byte_of[c] for c in name): i for name, i in vocab.items() if name not in added}
+            self.safe_cut = SAFE_CUT if splits_like_gpt2(spec) else NOWHERE
+        except Exception as e:  # the library raises plain Exception
+            raise UsageError(f'{path} cannot be used as a tokenizer.json ({e}): give another file')
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.tokenizer.encode_special_tokens = True  # special tokens within a text are ordinary text
-        self.safe_cut = SAFE_CUT if splits_like_gpt2(spec) else NOWHERE
-
-        # A byte is written as a printable character: itself if it is one, else the next one from U+0100 on.
-        # Added tokens are written as they are.
-        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        others = sorted(set(range(256)) - set(printable))
-        byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-        added = {token['content']: token['id'] for token in spec['added_tokens']}
-        vocab = self.tokenizer.get_vocab()
-        ranks = {bytes(byte_of[c] for c in name): i for name, i in vocab.items() if name not in added}
         super().__init__(path.name, pat_str='', mergeable_ranks=ranks, special_tokens=added)
 
     def encode_ordinary(self, text):
@@ -280,28 +278,28 @@ class HuggingFaceEncoding(tiktoken.Encoding):
 
 def splits_like_gpt2(spec):
     """Whether cuts at SAFE_CUT change no token of this tokenizer.json."""
-    splitter, normalizer = spec.get('pre_tokenizer') or {}, spec.get('normalizer') or {'type': 'NFC'}
-    if splitter.get('type') != 'ByteLevel' or not splitter.get('use_regex', True) or splitter['add_prefix_space']:
-        return False
-    added = spec['added_tokens']
-    across = any(t['lstrip'] or t['rstrip'] or re.search(r'\n[^\W_]|[^\W\d_] ', t['content']) for t in added)
-    return normalizer['type'] == 'NFC' and not across
+    splitter, normalizer = spec['pre_tokenizer'] or {}, spec['normalizer'] or {'type': 'NFC'}
+    like_gpt2 = splitter.get('type') == 'ByteLevel' and splitter.get('use_regex', True)
+    across_cuts = re.compile(r'\n[^\W_]|[^\W\d_] ')
+    across = [t for t in spec['added_tokens'] if t['lstrip'] or t['rstrip'] or across_cuts.search(t['content'])]
+    return like_gpt2 and not splitter['add_prefix_space'] and normalizer['type'] == 'NFC' and not across
 
 
 # documents
 
 def find_inputs(sources, out):
-    """Return pairs (path or 'hf:NAME', whether the user named this very file), in a fixed order."""
+    """Return (path or 'hf:NAME', whether the user named this very file, bytes, time of change), in a fixed order."""
     inputs = {}
     for source in map(str, sources):
         path = os.path.expanduser(source)
         in_folder = source == 'stdlib' or os.path.isdir(path)
+        if source.startswith('hf:'):
+            inputs[source] = (source, True, 0, 0)
+            continue
         if source == 'stdlib':
-            files = [p for p in walk(sysconfig.get_paths()['stdlib'], out) if p.suffix == '.py']
+            files = [file for file in walk(sysconfig.get_paths()['stdlib'], out) if file.suffix == '.py']
         elif source == 'shakespeare':
             files = [download_shakespeare(out)]
-        elif source.startswith('hf:'):
-            files = [source]
         elif in_folder:
             files = walk(path, out)
         else:
@@ -310,18 +308,18 @@ def find_inputs(sources, out):
         if not files:
             raise UsageError(f'no files found for {source}: give files, folders, globs, stdlib, shakespeare or hf:NAME')
         for file in sorted(files):
-            inputs[file] = inputs.get(file, False) or not in_folder
-    return list(inputs.items())
+            named = not in_folder or (file in inputs and inputs[file][1])
+            inputs[file] = (file, named, file.stat().st_size, file.stat().st_mtime_ns)
+    return list(inputs.values())
 
 
 def walk(folder, out):
     """The files of a folder and those below it, without hidden ones and without the output folder."""
     files = []
     for at, folders, names in os.walk(folder):
-        if Path(at).resolve() == out.resolve():
-            folders.clear()
-            continue
         folders[:] = [name for name in folders if name[0] != '.' and name not in LEFT_OUT]
+        if Path(at).resolve() == out.resolve():
+            folders[:], names = [], []
         paths = [Path(at, name) for name in names if name[0] != '.']
         files += [path for path in paths if path.is_file()]
     return files
@@ -350,6 +348,7 @@ def read_pieces(path, safe_cut):
         if name.startswith('hf:'):
             dataset, _, config = str(path)[3:].partition(':')
             rows = optional('datasets', path).load_dataset(dataset, config or None, split='train', streaming=True)
+            print(f'{path} streams, and does not tell its length: the bar cannot show the time that is left')
             for i, row in enumerate(rows):
                 yield row_text(row, f'{path}, row {i}'), True, 0
             return
@@ -412,39 +411,39 @@ def row_text(row, where):
         raise UsageError(f'{where} is not an object with a string "text": mend it or leave it out')
 
 
-def read_batches(inputs, safe_cut, val_fraction, state):
+def read_batches(inputs, enc, val_fraction, train_bytes, skipped):
     """Yield batches (list of (text, whether its document ends, split), bytes read); split is 0 for train, 1 for val.
 
-    Begins at the place that `state` holds, and keeps it up to date: the number of the input, the pieces read of it, and
-    the split of the document that goes on there.
+    The same inputs give the same batches. train_bytes: text after so many bytes is for validation; None: a hash of the
+    document decides. skipped: this list collects the files of folders that are not text.
     """
-    batch, size, split, text_bytes = [], 0, state['split'], sum(state['bytes'])
-    first, done = state['input'], state['pieces']
-    before = sum(file_size for _, _, file_size in inputs[:first])
-    for n, (path, named, file_size) in enumerate(inputs[first:], first):
-        number = 0
+    batch, size, before, text_bytes = [], 0, 0, 0
+    refuses_blanks = type(enc) is tiktoken.Encoding and enc.name != 'bytes'
+    for path, named, file_size, _ in inputs:
+        split, begun = None, False
         try:
-            for number, (text, last, position) in enumerate(read_pieces(path, safe_cut), 1):
-                if not text or (n == first and number <= done):
+            for text, last, position in read_pieces(path, getattr(enc, 'safe_cut', SAFE_CUT)):
+                begun = True
+                if not text:
                     continue
-                if state['train_bytes'] is None:
+                if refuses_blanks and LONG_BLANKS.search(text):
+                    raise UsageError(f'{path} has 100,000 blanks in a row, too many for {enc.name}: leave some out')
+                if train_bytes is None:
                     split = split_of(text, val_fraction) if split is None else split
                     batch.append((text, last, split))
+                    split = None if last else split
                 else:
-                    batch += cut_in_two(text, last, state['train_bytes'] - text_bytes)
+                    batch += cut_in_two(text, last, train_bytes - text_bytes)
                     text_bytes += len(text.encode())
-                split = None if last else split
                 size += len(text)
                 if size >= BATCH:
-                    state |= {'input': n, 'pieces': number, 'split': split}
                     yield batch, before + position
                     batch, size = [], 0
         except UnicodeError as e:
-            if named or number:  # in a folder too, once a part of it is written
+            if named or begun:  # in a folder too, once a part of it is written
                 raise UsageError(f'{path} {e}: unpack an archive, convert to UTF-8, or leave it out')
-            state['skipped'].append(str(path))
+            skipped.append(path)
         before += file_size
-    state |= {'input': len(inputs), 'pieces': 0, 'split': None}
     yield batch, before
 
 
@@ -497,24 +496,25 @@ class TokenFiles:
                 for path in paths]
 
 
-def encode_all(batches, enc, workers):
-    """Yield for each batch ((token ids, documents that end, bytes) of train, the same of val, bytes read).
+def encode_all(batches, enc, done, workers):
+    """Yield for each batch [(token ids, documents that end, bytes of text) of train, of val], and the bytes read.
 
-    The texts of a batch are encoded in threads: the libraries release Python's lock.
+    The first `done` batches are left out. Texts are encoded in threads: the libraries release Python's lock.
     """
-    for batch, position in batches:
+    for number, (batch, position) in enumerate(batches):
+        if number < done:
+            continue
         texts = [text for text, _, _ in batch]
         if enc.name == 'bytes':
             encoded = [np.frombuffer(text.encode(), np.uint8) for text in texts]
         else:
-            encoded = enc.encode_ordinary_batch(texts, num_threads=workers)
-        ids, documents, size = [[], []], [0, 0], [0, 0]
+            encoded = enc.encode_ordinary_batch(texts, num_threads=workers or os.cpu_count())
+        ids, documents, size = ([np.zeros(0, int)], [np.zeros(0, int)]), [0, 0], [0, 0]
         for (text, last, split), tokens in zip(batch, encoded):
-            ids[split] += [tokens, [enc.eot_token]] if last else [tokens]
+            ids[split].extend([tokens, [enc.eot_token]] if last else [tokens])
             documents[split] += last
             size[split] += len(text.encode())
-        ids = [np.concatenate([np.zeros(0, np.uint32), *part], dtype=np.uint32, casting='unsafe') for part in ids]
-        yield *zip(ids, documents, size), position
+        yield list(zip(map(np.concatenate, ids), documents, size)), position
 
 
 # the whole preparation
@@ -541,7 +541,8 @@ def prepare(sources=('stdlib',), out='data/stdlib', tokenizer='bytes', val_fract
             raise UsageError(f'--shard must be i/n, not {shard}: 0 <= i < n <= {len(inputs)} (input files)')
         inputs = inputs[len(inputs) * i // n:len(inputs) * (i + 1) // n]
         out = whole / f'shard_{i:05d}_of_{n:05d}'
-    os.environ['RAYON_NUM_THREADS'] = str(workers or os.cpu_count())  # for `tokenizers`
+    if workers:
+        os.environ['RAYON_NUM_THREADS'] = str(workers)  # for `tokenizers`
     enc = load_tokenizer(tokenizer)
     file = Path(os.path.expanduser(tokenizer))
     is_file = file.suffix in ('.tiktoken', '.json')
@@ -557,7 +558,17 @@ def prepare(sources=('stdlib',), out='data/stdlib', tokenizer='bytes', val_fract
         raise UsageError(f'{out} cannot be made a folder for the data ({e.strerror}): give another --out')
     with lock(work):
         try:
-            write_tokens(inputs, work, enc, meta, int(shard_tokens), workers or os.cpu_count(), may_cut=not shard)
+            splits = write_tokens(inputs, work, enc, meta, int(shard_tokens), workers)
+            if not shard and not all(split['tokens'] for split in splits.values()):
+                # The hashes of a few documents may put all of them into one split. Then we begin again, and the end of
+                # all the text is for validation, whichever documents it belongs to.
+                total = splits['train']['bytes'] + splits['val']['bytes']
+                train_bytes = total - max(1, int(total * val_fraction))
+                print(f'too few documents to choose some: the last {val_fraction:.1%} of the text is for validation')
+                splits = write_tokens(inputs, work, enc, meta, int(shard_tokens), workers, train_bytes)
+                if not all(split['tokens'] for split in splits.values()):
+                    raise UsageError(f'{total} bytes of text are too few for training and validation: give more')
+            meta |= splits
             publish(work, out, meta, file if is_file else None)
         except BaseException:
             if not (work / 'progress.json').is_file():  # nothing that is worth to continue
@@ -565,70 +576,44 @@ def prepare(sources=('stdlib',), out='data/stdlib', tokenizer='bytes', val_fract
                 if not any(out.iterdir()):
                     out.rmdir()
             raise
-    counts = [f'{split} {meta[split]["tokens"]:,} tokens in {meta[split]["documents"]:,} documents' for split in SPLITS]
+    counts = [f'{name} {meta[name]["tokens"]:,} tokens in {meta[name]["documents"]:,} documents' for name in SPLITS]
     print(f'{out}: ' + ', '.join(counts))
     return join_shards(whole, n, meta) if shard else meta
 
 
-def write_tokens(paths, work, enc, meta, shard_tokens, workers, may_cut):
-    """Write the token files of both splits into the folder `work`, and add 'train' and 'val' to meta.
+def write_tokens(inputs, work, enc, meta, shard_tokens, workers, train_bytes=None):
+    """Write the token files of both splits into the folder `work`; return {split: what meta.json says of it}.
 
-    Continues where an interrupted preparation of the same files with the same settings left off.
+    Continues where an interrupted call with the same arguments left off: progress.json says how far that was.
     """
-    stats = [path.stat() if isinstance(path, Path) else None for path, _ in paths]
-    inputs = [(path, named, stat.st_size if stat else 0) for (path, named), stat in zip(paths, stats)]
-    files = [[str(path), stat and stat.st_size, stat and stat.st_mtime_ns] for (path, _), stat in zip(paths, stats)]
-    job = hashlib.sha256(json.dumps([meta, shard_tokens, files]).encode()).hexdigest()
-    if not all(stats):
-        print('a dataset of the hub has no known length: the bar cannot show the time that is left')
+    job = json.dumps([meta, shard_tokens, train_bytes, [[str(path), *rest] for path, *rest in inputs]])
+    job = hashlib.sha256(job.encode()).hexdigest()
     progress = work / 'progress.json'
     state = json.loads(progress.read_text(encoding='utf-8')) if progress.is_file() else {}
     if state.get('job') != job:
         progress.unlink(missing_ok=True)
-        state = new_state(job)
+        state = {'job': job, 'batches': 0} | {name: {'tokens': 0, 'documents': 0, 'bytes': 0} for name in SPLITS}
 
-    write_splits(inputs, work, enc, meta, shard_tokens, workers, state)
-    total = sum(state['bytes'])
-    if not total:
-        raise UsageError(f'no text in {", ".join(meta["source"])}: give other files')
-    if may_cut and not all(state['tokens']):
-        # The hashes of a few documents may put all of them into one split. Then we begin again, and the end of all the
-        # text is for validation, whichever documents it belongs to.
-        progress.unlink(missing_ok=True)
-        state = new_state(job, train_bytes=total - max(1, int(total * meta['val_fraction'])))
-        print(f'too few documents to choose some: the last {meta["val_fraction"]:.1%} of the text is for validation')
-        write_splits(inputs, work, enc, meta, shard_tokens, workers, state)
-        if not all(state['tokens']):
-            raise UsageError(f'{total} bytes of text are too few for training and validation: give more')
-
-
-def new_state(job, train_bytes=None):
-    """How far a preparation is. train_bytes: what comes after so many bytes is for validation; None: by hash."""
-    return {'job': job, 'train_bytes': train_bytes, 'input': 0, 'pieces': 0, 'split': None, 'skipped': [],
-            'tokens': [0, 0], 'documents': [0, 0], 'bytes': [0, 0]}
-
-
-def write_splits(inputs, work, enc, meta, shard_tokens, workers, state):
-    """Read, encode and write all that is left of the inputs; `state` is saved in progress.json now and then."""
-    splits = [TokenFiles(work, split, meta['dtype'], shard_tokens, n) for split, n in zip(SPLITS, state['tokens'])]
-    batches = read_batches(inputs, getattr(enc, 'safe_cut', SAFE_CUT), meta['val_fraction'], state)
-    saved = time.monotonic()
-    with tqdm(total=sum(size for _, _, size in inputs), unit='B', unit_scale=True, desc=str(work.parent)) as bar:
-        for *encoded, position in encode_all(batches, enc, workers):
-            for i, (ids, documents, size) in enumerate(encoded):
-                splits[i].write(ids)
-                state['tokens'][i] += len(ids)
-                state['documents'][i] += documents
-                state['bytes'][i] += size
+    files = {name: TokenFiles(work, name, meta['dtype'], shard_tokens, state[name]['tokens']) for name in SPLITS}
+    skipped, saved = [], time.monotonic()
+    batches = read_batches(inputs, enc, meta['val_fraction'], train_bytes, skipped)
+    with tqdm(total=sum(size for _, _, size, _ in inputs), unit='B', unit_scale=True, desc=str(work.parent)) as bar:
+        for encoded, position in encode_all(batches, enc, state['batches'], workers):
+            for name, (ids, documents, text_bytes) in zip(SPLITS, encoded):
+                files[name].write(ids)
+                state[name]['tokens'] += len(ids)
+                state[name]['documents'] += documents
+                state[name]['bytes'] += text_bytes
+            state['batches'] += 1
             bar.update(position - bar.n)
             if time.monotonic() - saved > SAVE_EVERY:
-                write_beside(work / 'progress.json', json.dumps(state).encode())
+                write_beside(progress, json.dumps(state).encode())
                 saved = time.monotonic()
-    if state['skipped']:
-        print(f'skipped {len(state["skipped"])} files that are not text in UTF-8, the first is {state["skipped"][0]}')
-    for i, split in enumerate(splits):
-        meta[split.name] = {key: state[key][i] for key in ('tokens', 'documents', 'bytes')}
-        meta[split.name]['files'] = split.describe()
+    if skipped:
+        print(f'skipped {len(skipped)} files that are not text in UTF-8, the first is {skipped[0]}')
+    if not state['train']['bytes'] + state['val']['bytes']:
+        raise UsageError(f'no text in {", ".join(meta["source"])}: give other files')
+    return {name: state[name] | {'files': files[name].describe()} for name in SPLITS}
 
 
 def publish(work, out, meta, tokenizer_file):
@@ -694,7 +679,7 @@ def main(argv=None):
     arg('--shard_tokens', type=float, default=0, help='most tokens in a file, such as 1e9 (default: all in one file)')
     arg('--shard', metavar='i/n', help='do only part i (from 0) of n parts of the input files, for job arrays; the job '
                                        'that ends last joins the parts')
-    arg('--workers', type=int, help='processes that encode (default: all cores)')
+    arg('--workers', type=int, help='threads that encode (default: all cores)')
     args = parser.parse_args(argv)
     prepare(args.sources, args.out or default_out(args.sources[0]), args.tokenizer, args.val_fraction,
             args.shard_tokens, args.shard, args.workers)

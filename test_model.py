@@ -1253,9 +1253,9 @@ def test_neox_tokenizer():
 
 
 @pytest.mark.parametrize('changes, words', [
-    (dict(decoder={'type': 'WordPiece', 'prefix': '##', 'cleanup': False}), 'not a byte-level'),
-    (dict(model='BPE'), 'cannot be read'), (dict(decoder=None), 'cannot be read'), ('{"a": ' * 100_000, 'cannot be read'),
-    ('no JSON', 'cannot be read'), (b'\xff', 'cannot be read'), (dict(added_tokens=[]), 'has no <|endoftext|>')])
+    (dict(decoder={'type': 'WordPiece', 'prefix': '##', 'cleanup': False}), 'not of bytes'),
+    (dict(model='BPE'), 'cannot be used'), (dict(decoder=None), 'cannot be used'), ('{"a": ' * 100_000, 'cannot be used'),
+    ('no JSON', 'cannot be used'), (b'\xff', 'cannot be used'), (dict(added_tokens=[]), 'has no <|endoftext|>')])
 def test_tokenizer_json_that_cannot_be_used_is_refused(tmp_path, changes, words):
     pytest.importorskip('tokenizers')
     if isinstance(changes, dict):
@@ -1387,7 +1387,7 @@ def test_pieces_of_a_long_document_change_no_token(tmp_path, monkeypatch, tokeni
 @pytest.mark.parametrize('piece', [2**20, 100])
 @pytest.mark.parametrize('files, expect', [
     ({'x.txt.gz': gzip.compress(nasty(random.Random(5), 3000).encode())}, None),
-    ({'a.txt': 'one two', 'b.txt': 'three', 'c.txt': 'the last'}, (['one two', 'three', 'the la'], ['st'])),
+    ({'a.txt': 'one', 'b.txt': 'three', 'c.txt': 'the last'}, (['one', 'three', 'the las'], ['t'])),
     ({'a.jsonl': '{"text": "a single row"}'}, (['a single ro'], ['w'])), ({'a.txt': 'aé'}, (['a'], ['é']))])
 def test_of_few_documents_the_end_is_for_validation(tmp_path, monkeypatch, capsys, piece, files, expect):
     monkeypatch.setattr(prepare_data, 'PIECE', piece)

@@ -6,9 +6,10 @@ Text in, token files out.
     python prepare_data.py PATH ... --tokenizer gpt2          files, folders, globs -> data/NAME
     python prepare_data.py pile/*.jsonl.zst --tokenizer tokenizer.json --out data/pile --shard_tokens 1e9 --shard 0/64
 
-A text or source file is one document. A .jsonl file has one document a line and a .parquet file one a row, in the
-field "text". All but Parquet may be packed as .gz or .zst. Of a folder, hidden files, caches and installed packages
-are left out, and files that are not text in UTF-8 are skipped and counted.
+A text or source file is one document (one of over four million characters: several, cut at the ends of lines). A
+.jsonl file has one document a line and a .parquet file one a row, in the field "text". All but Parquet may be packed as
+.gz or .zst. Of a folder, hidden files, caches and installed packages are left out, and files that are not text in UTF-8
+are skipped and counted.
 
 Every document ends with the token <|endoftext|>. A hash of its text decides whether it is for training or for
 validation, so adding files moves no other document. If that leaves one of the two empty, as with a handful of files,
@@ -23,7 +24,6 @@ if __name__ == '__main__':
 
 import argparse
 import base64
-import codecs
 import glob
 import gzip
 import hashlib
@@ -47,9 +47,8 @@ EOT = '<|endoftext|>'
 SPLITS = ('train', 'val')
 SHAKESPEARE = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 LEFT_OUT = ('__pycache__', 'site-packages', 'dist-packages')  # folders that are not searched
-PIECE = 2**20    # characters of a longest piece: a longer document is encoded in pieces, where that changes no token
-BATCH = 2**22    # characters that are encoded together, by all threads
-HASHED = 2**18   # characters of a document that decide whether it is for training or validation
+LONGEST = 2**22  # characters of a document: a longer text counts as several, so that memory stays bounded
+BATCH = 2**23    # characters that are encoded together, in threads
 SAVE_EVERY = 10  # seconds of work that an interruption may cost
 
 
@@ -154,12 +153,6 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 # A run of white space so long that tiktoken's regex library overflows. (Python's \s has four characters more.)
 LONG_BLANKS = re.compile(r'[^\S\x1c-\x1f]{100000,}')
 
-# Where a text may be cut without changing a token: after a single line break that a letter or digit follows, or before
-# a single space between two letters. The patterns of GPT-2, GPT-NeoX, cl100k and o200k all begin a new word there,
-# whatever stands further left or right, and NFC composes nothing across it.
-SAFE_CUT = re.compile(r'(?<=\S\n)(?=[^\W_])|(?<=[^\W\d_])(?= [^\W\d_])')
-NOWHERE = re.compile('(?!)')
-
 
 def load_tokenizer(tokenizer, folder=None):
     """Return the tiktoken.Encoding of a name, a file, or a data folder.
@@ -260,7 +253,6 @@ class HuggingFaceEncoding(tiktoken.Encoding):
             added = {token['content']: token['id'] for token in spec['added_tokens']}
             vocab = self.tokenizer.get_vocab()
             ranks = {bytes(byte_of[c] for c in name): i for name, i in vocab.items() if name not in added}
-            self.safe_cut = SAFE_CUT if splits_like_gpt2(spec) else NOWHERE
         except Exception as e:  # the library raises plain Exception
             raise UsageError(f'{path} cannot be used as a tokenizer.json ({e}): give another file')
         self.tokenizer.no_truncation()
@@ -274,15 +266,6 @@ class HuggingFaceEncoding(tiktoken.Encoding):
     def encode_ordinary_batch(self, texts, num_threads=None):
         """The token ids of each text. The variable RAYON_NUM_THREADS sets the number of threads, not num_threads."""
         return [e.ids for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-
-
-def splits_like_gpt2(spec):
-    """Whether cuts at SAFE_CUT change no token of this tokenizer.json."""
-    splitter, normalizer = spec['pre_tokenizer'] or {}, spec['normalizer'] or {'type': 'NFC'}
-    like_gpt2 = splitter.get('type') == 'ByteLevel' and splitter.get('use_regex', True)
-    across_cuts = re.compile(r'\n[^\W_]|[^\W\d_] ')
-    across = [t for t in spec['added_tokens'] if t['lstrip'] or t['rstrip'] or across_cuts.search(t['content'])]
-    return like_gpt2 and not splitter['add_prefix_space'] and normalizer['type'] == 'NFC' and not across
 
 
 # documents
@@ -337,8 +320,8 @@ def download_shakespeare(out):
     return path
 
 
-def read_pieces(path, safe_cut):
-    """Yield the documents of one input, long ones in pieces: (text, whether its document ends here, bytes read so far).
+def read_documents(path):
+    """Yield (text, bytes of the file read so far) for every document of one input.
 
     Raises UnicodeError for a text file that is not text, and UsageError for anything else that is wrong with it.
     """
@@ -350,7 +333,7 @@ def read_pieces(path, safe_cut):
             rows = optional('datasets', path).load_dataset(dataset, config or None, split='train', streaming=True)
             print(f'{path} streams, and does not tell its length: the bar cannot show the time that is left')
             for i, row in enumerate(rows):
-                yield row_text(row, f'{path}, row {i}'), True, 0
+                yield row_text(row, f'{path}, row {i}'), 0
             return
         with open(path, 'rb') as raw:
             stream = raw  # a file that is damaged or was cut off raises an error in either library
@@ -362,43 +345,22 @@ def read_pieces(path, safe_cut):
                 table = optional('pyarrow.parquet', path).ParquetFile(raw)
                 rows = (row for batch in table.iter_batches(256, columns=['text']) for row in batch.to_pylist())
                 for i, row in enumerate(rows):
-                    yield row_text(row, f'{path}, row {i}'), True, raw.tell()
+                    yield row_text(row, f'{path}, row {i}'), raw.tell()
             elif form == '.jsonl':
                 for i, line in enumerate(stream, 1):
                     if line.strip():
-                        yield row_text(line, f'{path}, line {i}'), True, raw.tell()
+                        yield row_text(line, f'{path}, line {i}'), raw.tell()
             else:
-                for text, last in text_pieces(stream, safe_cut):
-                    yield text, last, raw.tell()
+                reader = io.TextIOWrapper(stream, encoding='utf-8-sig', newline='')
+                while text := reader.read(LONGEST):
+                    text += reader.readline(LONGEST)  # a long text is cut at the ends of lines
+                    if '\0' in text:  # an archive, UTF-16, or another binary file
+                        raise UnicodeError('it holds zero bytes')
+                    yield text, raw.tell()
     except (UsageError, UnicodeError):
         raise
     except Exception as e:  # every library has its own
         raise UsageError(f'{path} cannot be read ({e}): mend it or leave it out')
-
-
-def text_pieces(stream, safe_cut):
-    """Yield (piece, whether it is the last one) of a text, about PIECE characters each.
-
-    What has no place for a cut becomes one piece. Raises UnicodeError if this is not text in UTF-8.
-    """
-    decoder, text, read, block = codecs.getincrementaldecoder('utf-8-sig')(), '', 0, True
-    while block:
-        block = stream.read(PIECE)
-        if b'\0' in block:  # an archive, UTF-16, or another binary file
-            raise UnicodeError('is not text, it holds zero bytes')
-        try:
-            text += decoder.decode(block, final=not block)
-        except UnicodeDecodeError as e:
-            raise UnicodeError(f'is not text in UTF-8 near byte {read + e.start}')
-        read += len(block)
-        if block and len(text) >= PIECE:
-            # search near the end only, which takes no time; the first piece must show what decides the split
-            cuts = list(safe_cut.finditer(text, max(HASHED, len(text) - 2**14)))
-            if cuts:
-                yield text[:cuts[-1].start()], False
-                text = text[cuts[-1].start():]
-    if text:
-        yield text, True
 
 
 def row_text(row, where):
@@ -412,7 +374,7 @@ def row_text(row, where):
 
 
 def read_batches(inputs, enc, val_fraction, train_bytes, skipped):
-    """Yield batches (list of (text, whether its document ends, split), bytes read); split is 0 for train, 1 for val.
+    """Yield batches (list of (text, split), bytes read); split is 0 for train, 1 for val.
 
     The same inputs give the same batches. train_bytes: text after so many bytes is for validation; None: a hash of the
     document decides. skipped: this list collects the files of folders that are not text.
@@ -420,28 +382,26 @@ def read_batches(inputs, enc, val_fraction, train_bytes, skipped):
     batch, size, before, text_bytes = [], 0, 0, 0
     refuses_blanks = type(enc) is tiktoken.Encoding and enc.name != 'bytes'
     for path, named, file_size, _ in inputs:
-        split, begun = None, False
+        begun = False
         try:
-            for text, last, position in read_pieces(path, getattr(enc, 'safe_cut', SAFE_CUT)):
+            for text, position in read_documents(path):
                 begun = True
-                if not text:
-                    continue
                 if refuses_blanks and LONG_BLANKS.search(text):
                     raise UsageError(f'{path} has 100,000 blanks in a row, too many for {enc.name}: leave some out')
                 if train_bytes is None:
-                    split = split_of(text, val_fraction) if split is None else split
-                    batch.append((text, last, split))
-                    split = None if last else split
+                    batch.append((text, split_of(text, val_fraction)))
                 else:
-                    batch += cut_in_two(text, last, train_bytes - text_bytes)
-                    text_bytes += len(text.encode())
+                    data = text.encode()
+                    head = data[:max(0, train_bytes - text_bytes)].decode(errors='ignore')  # no character is cut
+                    batch += [(head, 0), (text[len(head):], 1)]
+                    text_bytes += len(data)
                 size += len(text)
                 if size >= BATCH:
                     yield batch, before + position
                     batch, size = [], 0
         except UnicodeError as e:
             if named or begun:  # in a folder too, once a part of it is written
-                raise UsageError(f'{path} {e}: unpack an archive, convert to UTF-8, or leave it out')
+                raise UsageError(f'{path} is not text in UTF-8 ({e}): unpack an archive, convert it, or leave it out')
             skipped.append(path)
         before += file_size
     yield batch, before
@@ -449,16 +409,8 @@ def read_batches(inputs, enc, val_fraction, train_bytes, skipped):
 
 def split_of(text, val_fraction):
     """0 (train) or 1 (val), from a hash of the beginning of a document."""
-    digest = hashlib.blake2b(text[:HASHED].encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(text[:2**18].encode(), digest_size=8).digest()
     return int(int.from_bytes(digest, 'big') / 2**64 < val_fraction)
-
-
-def cut_in_two(text, last, train_bytes):
-    """Batch items of a text, of which train_bytes are for training, which then ends, and the rest for validation."""
-    data = text.encode()
-    head = data[:max(0, train_bytes)].decode(errors='ignore')  # a character is not cut
-    items = [(head, last or len(data) >= train_bytes, 0), (text[len(head):], last, 1)]
-    return [item for item in items if item[0]]
 
 
 # token files
@@ -497,24 +449,23 @@ class TokenFiles:
 
 
 def encode_all(batches, enc, done, workers):
-    """Yield for each batch [(token ids, documents that end, bytes of text) of train, of val], and the bytes read.
+    """Yield for each batch [(token ids, documents, bytes of text) of train, of val], and the bytes read.
 
     The first `done` batches are left out. Texts are encoded in threads: the libraries release Python's lock.
     """
     for number, (batch, position) in enumerate(batches):
         if number < done:
             continue
-        texts = [text for text, _, _ in batch]
-        if enc.name == 'bytes':
-            encoded = [np.frombuffer(text.encode(), np.uint8) for text in texts]
-        else:
-            encoded = enc.encode_ordinary_batch(texts, num_threads=workers or os.cpu_count())
-        ids, documents, size = ([np.zeros(0, int)], [np.zeros(0, int)]), [0, 0], [0, 0]
-        for (text, last, split), tokens in zip(batch, encoded):
-            ids[split].extend([tokens, [enc.eot_token]] if last else [tokens])
-            documents[split] += last
-            size[split] += len(text.encode())
-        yield list(zip(map(np.concatenate, ids), documents, size)), position
+        encoded = []
+        for split in range(len(SPLITS)):
+            texts = [text for text, its_split in batch if its_split == split and text]
+            if enc.name == 'bytes':
+                ids = [np.frombuffer(text.encode(), np.uint8) for text in texts]
+            else:
+                ids = enc.encode_ordinary_batch(texts, num_threads=workers or os.cpu_count())
+            parts = [part for document in ids for part in (document, [enc.eot_token])]
+            encoded.append((np.concatenate([np.zeros(0, int), *parts]), len(texts), sum(len(t.encode()) for t in texts)))
+        yield encoded, position
 
 
 # the whole preparation

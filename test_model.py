@@ -1354,44 +1354,26 @@ def test_split_depends_on_the_document_alone(tmp_path):
     assert one == two & set(texts) and 300 - 4 * 17 < len(one) < 300 + 4 * 17 and two - one
 
 
-@pytest.mark.parametrize('tokenizer', ['bytes', 'NFC', 'prefix space', 'gpt2.tiktoken'])
-def test_pieces_of_a_long_document_change_no_token(tmp_path, monkeypatch, tokenizer):
-    """A document that is cut into many pieces has the tokens of the whole, one end and one split."""
-    prefix_space = {'type': 'ByteLevel', 'add_prefix_space': True, 'trim_offsets': True}
-    changes = {'NFC': dict(normalizer={'type': 'NFC'}), 'prefix space': dict(pre_tokenizer=prefix_space)}
-    whole = tokenizer == 'prefix space'  # cannot be cut
-    if tokenizer in changes:
-        pytest.importorskip('tokenizers')
-        added = [('  ', False, True), ('aa', False, False)]
-        tokenizer = write_tokenizer_json(tmp_path / 'tokenizer.json', small_ranks(), added, **changes[tokenizer])
-    elif tokenizer != 'bytes':
-        tokenizer = shared(tokenizer)
-    for name, value in (('PIECE', 32), ('HASHED', 16), ('BATCH', 100)):
-        monkeypatch.setattr(prepare_data, name, value)
-    rng, enc = random.Random(4), prepare_data.load_tokenizer(tokenizer)
-    texts = [nasty(rng, 9000), ' a b c\nd e\n\nf\n g.\nh\n' * 50, 'x' * 128, 'x' * 127, '\n' * 300, 'é' * 64, 'word ' * 100]
-    pieces, read = [], prepare_data.text_pieces
-    monkeypatch.setattr(prepare_data, 'text_pieces', lambda *a: (pieces.append(p) or p for p in read(*a)))
+def test_a_very_long_text_is_several_documents(tmp_path, monkeypatch):
+    """Cut at the ends of lines, so that memory is bounded; without lines at twice the length."""
+    monkeypatch.setattr(prepare_data, 'LONGEST', 100)
+    monkeypatch.setattr(prepare_data, 'BATCH', 300)
+    texts = ['\ufeffé\r\n' * 40, 'short', 'x' * 500, ''.join(f'line {i}\n' for i in range(300))]
     write_files(tmp_path / 'in', {f'{i}.txt': text for i, text in enumerate(texts)})
-    prepare_data.prepare([tmp_path / 'in'], tmp_path / 'out', tokenizer, val_fraction=0.4)
-    assert len(pieces) == len(texts) if whole else len(pieces) > 80
-    train, val = (split_tokens(tmp_path / 'out', s) for s in ('train', 'val'))
-    want = [enc.encode_ordinary(t) + [enc.eot_token] for t in texts]
-    assert train and val and len(train) + len(val) == sum(map(len, want))
-    for tokens in want:
-        rest = train if train[:len(tokens)] == tokens else val
-        assert rest[:len(tokens)] == tokens
-        del rest[:len(tokens)]
+    prepare_data.prepare([tmp_path / 'in'], tmp_path / 'out', val_fraction=0.3)
+    train, val = [split_texts(tmp_path / 'out', split) for split in ('train', 'val')]
+    lines = [line for text in train + val for line in text.splitlines(keepends=True)]
+    want = [line for text in texts for line in text.removeprefix('\ufeff').splitlines(keepends=True)]
+    assert sorted(''.join(sorted(lines))) == sorted(''.join(sorted(want))) and len(val) > 1
+    assert all(100 <= len(text) <= 200 for text in train + val if text.startswith('x') and len(text) > 99)
+    assert all(text.startswith('line') and text.endswith('\n') for text in train + val if 'line' in text)
 
 
-@pytest.mark.parametrize('piece', [2**20, 100])
 @pytest.mark.parametrize('files, expect', [
     ({'x.txt.gz': gzip.compress(nasty(random.Random(5), 3000).encode())}, None),
     ({'a.txt': 'one', 'b.txt': 'three', 'c.txt': 'the last'}, (['one', 'three', 'the las'], ['t'])),
     ({'a.jsonl': '{"text": "a single row"}'}, (['a single ro'], ['w'])), ({'a.txt': 'aé'}, (['a'], ['é']))])
-def test_of_few_documents_the_end_is_for_validation(tmp_path, monkeypatch, capsys, piece, files, expect):
-    monkeypatch.setattr(prepare_data, 'PIECE', piece)
-    monkeypatch.setattr(prepare_data, 'HASHED', min(piece, 2**18) // 2)
+def test_of_few_documents_the_end_is_for_validation(tmp_path, capsys, files, expect):
     write_files(tmp_path / 'in', files)
     meta = prepare_data.prepare([tmp_path / 'in'], tmp_path / 'out', val_fraction=0.1)
     train, val = (split_texts(tmp_path / 'out', s) for s in ('train', 'val'))
@@ -1434,7 +1416,7 @@ def test_shards_join_to_the_same_tokens(tmp_path, capsys):
 
 KILLED = '''
 import os, signal, sys, prepare_data as p
-p.PIECE, p.HASHED, p.BATCH, p.SAVE_EVERY, left = 3000, 1000, 3000, 0, int(sys.argv[1])
+p.LONGEST, p.BATCH, p.SAVE_EVERY, left = 3000, 3000, 0, int(sys.argv[1])
 def dies(f):
     def call(*a):
         global left
@@ -1457,8 +1439,8 @@ def test_killed_preparation_continues(tmp_path, monkeypatch, few):
         write_jsonl(tmp_path / f'{i}.jsonl', some_texts(25, seed=i))
     write_files(tmp_path, {'8.txt': texts[0], '9.txt': texts[1]})
     sources = [str(tmp_path / '9.txt')] if few else [str(tmp_path / '*.jsonl'), str(tmp_path / '[89].txt')]
-    for name, value in (('PIECE', 3000), ('HASHED', 1000), ('BATCH', 3000)):
-        monkeypatch.setattr(prepare_data, name, value)
+    monkeypatch.setattr(prepare_data, 'LONGEST', 3000)
+    monkeypatch.setattr(prepare_data, 'BATCH', 3000)
     batches, encode_all = [], prepare_data.encode_all
     monkeypatch.setattr(prepare_data, 'encode_all', lambda *a: (batches.append(1) or x for x in encode_all(*a)))
     kw = dict(tokenizer=str(tokenizer), val_fraction=0.3, shard_tokens=1000)
@@ -1513,7 +1495,7 @@ def archive(form):
 
 
 BAD = [
-    ('x', b'good \xff bad', {}, 'x is not text in UTF-8 near byte 5: '), ('x', 'ends é'.encode()[:-1], {}, 'near byte 6'),
+    ('x', b'good \xff bad', {}, 'x is not text in UTF-8'), ('x', 'ends é'.encode()[:-1], {}, 'UTF-8'),
     ('x', b'', {}, 'no text in'), ('x', b'\xef\xbb\xbf', {}, 'no text in'), ('x', 'text'.encode('utf-16'), {}, 'UTF-8'),
     ('x.tar', archive('w:'), {}, 'unpack an archive'), ('x.tar.gz', archive('w:gz'), {}, 'unpack an archive'),
     ('x.tbz', archive('w:bz2'), {}, 'unpack an archive'), ('x.zip', archive('zip'), {}, 'unpack an archive'),

@@ -464,7 +464,8 @@ def encode_all(batches, enc, done, workers):
             else:
                 ids = enc.encode_ordinary_batch(texts, num_threads=workers or os.cpu_count())
             parts = [part for document in ids for part in (document, [enc.eot_token])]
-            encoded.append((np.concatenate([np.zeros(0, int), *parts]), len(texts), sum(len(t.encode()) for t in texts)))
+            text_bytes = sum(len(text.encode()) for text in texts)
+            encoded.append((np.concatenate([np.zeros(0, int), *parts]), len(texts), text_bytes))
         yield encoded, position
 
 
@@ -509,17 +510,7 @@ def prepare(sources=('stdlib',), out='data/stdlib', tokenizer='bytes', val_fract
         raise UsageError(f'{out} cannot be made a folder for the data ({e.strerror}): give another --out')
     with lock(work):
         try:
-            splits = write_tokens(inputs, work, enc, meta, int(shard_tokens), workers)
-            if not shard and not all(split['tokens'] for split in splits.values()):
-                # The hashes of a few documents may put all of them into one split. Then we begin again, and the end of
-                # all the text is for validation, whichever documents it belongs to.
-                total = splits['train']['bytes'] + splits['val']['bytes']
-                train_bytes = total - max(1, int(total * val_fraction))
-                print(f'too few documents to choose some: the last {val_fraction:.1%} of the text is for validation')
-                splits = write_tokens(inputs, work, enc, meta, int(shard_tokens), workers, train_bytes)
-                if not all(split['tokens'] for split in splits.values()):
-                    raise UsageError(f'{total} bytes of text are too few for training and validation: give more')
-            meta |= splits
+            meta |= write_splits(inputs, work, enc, meta, int(shard_tokens), workers, may_cut=not shard)
             publish(work, out, meta, file if is_file else None)
         except BaseException:
             if not (work / 'progress.json').is_file():  # nothing that is worth to continue
@@ -532,8 +523,24 @@ def prepare(sources=('stdlib',), out='data/stdlib', tokenizer='bytes', val_fract
     return join_shards(whole, n, meta) if shard else meta
 
 
+def write_splits(inputs, work, enc, meta, shard_tokens, workers, may_cut):
+    """Write the token files of both splits into the folder `work`; return {split: what meta.json says of it}."""
+    splits = write_tokens(inputs, work, enc, meta, shard_tokens, workers)
+    if not may_cut or all(split['tokens'] for split in splits.values()):
+        return splits
+    # The hashes of a few documents may put all of them into one split. Then we begin again, and the end of all the text
+    # is for validation, whichever documents it belongs to.
+    print(f'too few documents to choose some: the last {meta["val_fraction"]:.1%} of the text is for validation')
+    total = splits['train']['bytes'] + splits['val']['bytes']
+    train_bytes = total - max(1, int(total * meta['val_fraction']))
+    splits = write_tokens(inputs, work, enc, meta, shard_tokens, workers, train_bytes)
+    if not all(split['tokens'] for split in splits.values()):
+        raise UsageError(f'{total} bytes of text are too few for training and validation: give more')
+    return splits
+
+
 def write_tokens(inputs, work, enc, meta, shard_tokens, workers, train_bytes=None):
-    """Write the token files of both splits into the folder `work`; return {split: what meta.json says of it}.
+    """Do the work of write_splits(), by hashes, or for validation what comes after so many train_bytes.
 
     Continues where an interrupted call with the same arguments left off: progress.json says how far that was.
     """

@@ -289,7 +289,7 @@ def find_inputs(sources, out):
             names = [path] if os.path.isfile(path) else glob.glob(path, recursive=True)
             files = [Path(name) for name in names if os.path.isfile(name)]
         if not files:
-            raise UsageError(f'no files found for {source}: give files, folders, globs, stdlib, shakespeare or hf:NAME')
+            raise UsageError(f'no files found for {source!r}: give files, folders, globs, stdlib, shakespeare or hf:NAME')
         for file in sorted(files):
             named = not in_folder or (file in inputs and inputs[file][1])
             inputs[file] = (file, named, file.stat().st_size, file.stat().st_mtime_ns)
@@ -399,9 +399,9 @@ def read_batches(inputs, enc, val_fraction, train_bytes, skipped):
                 if size >= BATCH:
                     yield batch, before + position
                     batch, size = [], 0
-        except UnicodeError as e:
+        except UnicodeError:
             if named or begun:  # in a folder too, once a part of it is written
-                raise UsageError(f'{path} is not text in UTF-8 ({e}): unpack an archive, convert it, or leave it out')
+                raise UsageError(f'{path} is not text in UTF-8: unpack an archive, convert it, or leave it out')
             skipped.append(path)
         before += file_size
     yield batch, before

@@ -1036,487 +1036,596 @@ def test_sampling_a_pythia_folder_with_its_tokenizer(tmp_path, capsys):
     assert got.out == theirs.decode(want.tolist(), skip_special_tokens=False) + '\n' and 'mean depth 1.00 of 1' in got.err
 
 
-# bench.py
+# prepare_data.py
 
-OPTIONS = SimpleNamespace(device='cpu', dtype='float32', batch_size=3, seed=5, eval_tokens=192, calib_tokens=96, tau=None,
-                          max_iter=None)
+def nasty(rng, n):
+    """n characters or a few more of text that tokenizers get wrong."""
+    blocks = [(0x300, 0x36F), (0x5B0, 0x5C5), (0x653, 0x655), (0x93C, 0x94D), (0x1AB0, 0x1ACE), (0x20D0, 0x20F0),
+              (0x1D165, 0x1D172), (0x1E130, 0x1E136)]
+    marks = [chr(c) for block in blocks for c in range(*block)] + ['\u09be', '\u0dcf', '\u102e', '\u3099', '\u0f71']
+    letters = [*'aeiouyAENnÅqক가각Αωшдالאبཀﬁ\u212b豈\U0002f80f', *map(chr, range(0x1100, 0x1120))]
+    blanks = [*' \t\n\r\x0b\x0c\x1c\x85\xa0\u1680\u2003\u2028\u202f\u3000\u180e\u200b\ufeff', '  ', '\n\n', ' ' * 30]
+    words = ('<|endoftext|> <|padding|> <|unk|> <|endof text|> <| |> <|endoftext| 0x1F 3.14159 ２０２４ ½Ⅷ² !!! ... #$% '
+             '_a_b ĠĊ \x01 \x7f the Fox función 日本語 русский العربية if x: aaaa ab cd 👍🏽 🇩🇪 ❤️ 1️⃣ 𝔘𝔫𝔦').split(' ')
+    words += ["I'll", "don't", "'S", "'tis"]
+
+    def any_character():
+        plane = rng.randrange(17)
+        character = chr(rng.randrange(max(1, plane << 16), (plane + 1) << 16))
+        return character.encode(errors='ignore').decode()  # no surrogates
+
+    def several(choices, most):
+        return ''.join(rng.choice(choices) for _ in range(rng.randint(1, most)))
+
+    kinds = [any_character, lambda: several(blanks, 12), lambda: several(letters, 3) + several(marks, 5),
+             lambda: several(words, 3), lambda: rng.choice(['', ' ', '\n']) + rng.choice(words)]
+    text = []
+    while n > 0:
+        text.append(rng.choice(kinds)())
+        n -= len(text[-1])
+    return ''.join(text)
 
 
-def val_windows(n=6, T=32, seed=20):
-    return torch.randint(61, (n, T + 1), generator=torch.Generator().manual_seed(seed))
+def small_ranks():
+    """256 bytes and some merges."""
+    words = [b'th', b'the', b' the', b'er', b'in', b'  ', b'    ', b'\n\n', b' a', b'oo', b'\xe2\x80', b'\xcc\x81',
+             b'e\xcc\x81', b'\xc3\xa9', b"'l", b"'ll"]
+    return {t: i for i, t in enumerate([bytes([b]) for b in range(256)] + words)}
 
 
-def run_bench(capsys, *argv):
-    """bench.py in this process: (its JSON, what it printed)."""
-    bench.main([str(x) for x in argv])
-    path = argv[argv.index('--json') + 1]
-    return json.loads(Path(path).read_text(encoding='utf-8')), capsys.readouterr().out
-
-
-def bench_run(folder, name, model):
-    """A checkpoint as train.py writes it, and the data folder that it names."""
-    data = folder / 'data'
-    data.mkdir(exist_ok=True)
-    torch.randint(61, (1600,), generator=torch.Generator().manual_seed(21)).numpy().astype(np.uint16).tofile(data / 'val.bin')
-    files = dict(tokens=1600, files=[dict(name='val.bin', tokens=1600, sha256='')])
-    meta = dict(tokenizer='bytes', tokenizer_sha256='of no file', vocab_size=61, dtype='uint16', train=files, val=files)
-    (data / 'meta.json').write_text(json.dumps(meta), encoding='utf-8')
-    torch.save(dict(adaponder=1, config=asdict(model.cfg), model=model.state_dict(), meta=meta, step=10,
-                    train_config=dict(data_dir=str(data), seed=1)), folder / name)
-    return folder / name
-
-
-def shape_file(path, **kw):
-    """A config file of train.py."""
-    shape = dict(vocab_size=500, block_size=128, n_layer=2, n_head=4, n_embd=64, batch_size=2) | kw
-    path.write_text(''.join(f'{k} = {v!r}\n' for k, v in shape.items()), encoding='utf-8')
+def write_ranks(path, ranks):
+    path.write_bytes(b''.join(base64.b64encode(t) + b' %d\n' % i for t, i in ranks.items()))
     return path
 
 
-@pytest.mark.parametrize('shares', [(0.8, 0.5, 0.5), (1.0, 1.0, 0.2)])
-def test_random_policies_hit_their_shares_on_every_execution(shares):
-    m, x = tiny(block_size=64), val_windows(40, 64)[:, :-1]
-    policy = bench.random_policy(shares)
-    depth = m(x, policy=policy).depth
-    assert torch.equal(depth, m(x, execution='packed', policy=policy).depth)
-    assert all(abs(float((depth > i + 1).double().mean()) - r) <= 0.03 for i, r in enumerate(shares))
-    steps = list(bench.stream(m, [x[r, :5].tolist() for r in range(4)], 20, temperature=0, policy=policy, slots=4))
-    for r in range(4):  # a token's depth is the same when it is decoded
-        assert sorted(s.depth for s in steps if s.seq == r) == sorted(depth[r, 4:24].tolist())
+def write_tokenizer_json(path, ranks, added=(), **changes):
+    """A tokenizer.json of GPT-2's form with the tokens of `ranks`; the merge of each is what BPE makes of it before."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    char = {b: chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)}
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda x: x[1]):
+        parts = [token[i:i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            found = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
+            i = found.index(min(found))
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append([''.join(char[b] for b in part) for part in parts])
+    flags = dict(single_word=False, lstrip=False, rstrip=False)
+    added = [dict(id=len(ranks) + i, content=content, special=special, normalized=normalized, **flags)
+             for i, (content, special, normalized) in enumerate([(EOT, True, False), *added])]
+    byte_level = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=True)
+    vocab = {''.join(char[b] for b in token): i for token, i in ranks.items()}
+    spec = dict(version='1.0', truncation=None, padding=None, added_tokens=added, normalizer=None, decoder=byte_level,
+                pre_tokenizer=byte_level, post_processor=byte_level,
+                model=dict(type='BPE', dropout=None, byte_fallback=False, vocab=vocab, merges=merges))
+    path.write_text(json.dumps({**spec, **changes}), encoding='utf-8')
+    return path
 
 
-@pytest.mark.parametrize('share', [0.0, 0.25, 0.5, 0.75])
-def test_forced_policy_halts_its_share_at_all_depths(share):
-    depth = tiny(block_size=64)(val_windows(40, 64)[:, :-1], policy=bench.forced_policy(share, 4)).depth
-    assert abs((4 - depth.double()).mean() / 3 - share) < 0.03
-    assert set(depth.flatten().tolist()) == ({1, 2, 3, 4} if share else {4})
+def shared(name):
+    path = SHARED / 'tokenizers' / name
+    return path if path.is_file() else pytest.skip(f'{path} is not there')
 
 
-@pytest.mark.parametrize('kw', [{}, dict(n_iter=1), dict(halting=False)])
-def test_nll_by_iteration_against_runs_that_stop_early(kw):
-    m, x = tiny(**kw), val_windows()
-    levels = bench.nll_by_iteration(m, x, OPTIONS)
-    for d in range(m.cfg.n_iter):
-        want = m(x[:, :-1], x[:, 1:], tau=0.0, max_iter=d + 1).nll
-        assert torch.allclose(levels[..., d], want.double(), atol=1e-6)
+def split_tokens(folder, split):
+    """The tokens of a split, its files checked against meta.json."""
+    meta = json.loads((folder / 'meta.json').read_text())
+    parts = []
+    for file in meta[split]['files']:
+        data = (folder / file['name']).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == file['sha256']
+        parts.append(np.frombuffer(data, meta['dtype']))
+        assert len(parts[-1]) == file['tokens']
+    assert sum(map(len, parts)) == meta[split]['tokens']
+    return np.concatenate(parts).tolist() if parts else []
 
 
-@pytest.mark.parametrize('kind', ['learned', 'confidence', 'convergence'])
-def test_scores_against_their_definitions(kind):
-    m, x = tiny(), val_windows()
-    outs = [m(x[:, :-1], tau=0.0, max_iter=d) for d in (1, 2, 3, 4)]
-    P = [out.logits.softmax(-1) for out in outs]
-    want = dict(learned=[outs[3].gates[..., i] for i in range(3)], confidence=[-p.max(-1).values for p in P[:3]],
-                convergence=[torch.full(x[:, 1:].shape, math.inf)] + [(p * (p / q).log()).sum(-1) for p, q in zip(P, P[1:3])])
-    got = torch.zeros(6, 32, 3, dtype=torch.float64)
-    depth, _ = bench.measure(m, x, OPTIONS, bench.threshold_policy(bench.SCORES[kind](m), record=got))
-    assert (depth == 4).all() and torch.allclose(got, torch.stack(want[kind], -1).double(), atol=1e-6)
+def split_texts(folder, split):
+    """The documents of a split, decoded, in order."""
+    meta = json.loads((folder / 'meta.json').read_text())
+    enc, texts, tokens = prepare_data.load_tokenizer(meta, folder), [], []
+    for t in split_tokens(folder, split):
+        if t == meta['eot']:
+            texts.append(enc.decode(tokens))
+            tokens = []
+        else:
+            tokens.append(t)
+    assert not tokens and len(texts) == meta[split]['documents']
+    assert sum(len(t.encode()) for t in texts) == meta[split]['bytes']
+    return texts
 
 
-def test_measure_is_the_model_itself():
-    m, x = tiny(), val_windows()
-    out = m(x[:, :-1], x[:, 1:])
-    assert len(set(out.depth.flatten().tolist())) > 1
-    for policy in (None, bench.threshold_policy(bench.gate_score(m), m.cfg.tau)):
-        depth, nll = bench.measure(m, x, OPTIONS, policy)
-        assert torch.equal(depth, out.depth) and torch.allclose(nll, out.nll.double())
+def some_texts(n, seed=0):
+    rng = random.Random(seed)
+    return [f'{i} ' + nasty(rng, rng.choice([1, 30, 300])) for i in range(n)]
 
 
-def test_convergence_exits_of_a_token_that_halts():
-    """The score of iteration i compares with the same token's prediction after i - 1, whoever has halted in between."""
-    m, x = tiny(halting=False), val_windows()
-    got = torch.full((6, 32, 3), math.nan, dtype=torch.float64)
-    policy = bench.threshold_policy(bench.convergence_score(m), 0.01, record=got)
-    depth, _ = bench.measure(m, x, OPTIONS, policy)
-    states, halted = [], []
-
-    def by_hand(i, s, h, row, pos):
-        states.append({(r, p): m.unembed(h[n]).softmax(-1) for n, (r, p) in enumerate(zip(row.tolist(), pos.tolist()))})
-        on = []
-        for key, q in states[i].items():
-            kl = float((states[i - 1][key] * (states[i - 1][key] / q).log()).sum()) if i else math.inf
-            assert i == 0 or abs(kl - float(got[key[0], key[1], i])) < 1e-6
-            on.append(kl >= 0.01)
-        halted.append(on.count(False))
-        return torch.tensor(on)
-    with torch.no_grad():
-        assert torch.equal(m(x[:, :-1], policy=by_hand).depth, depth)
-    assert halted[0] == 0 < halted[1] and 0 < halted[2]
+def write_jsonl(path, texts):
+    """Every other line in ASCII, and an empty line now and then."""
+    lines = [json.dumps({'text': t, 'meta': {'n': i}}, ensure_ascii=bool(i % 2)) for i, t in enumerate(texts)]
+    path.write_text(''.join(line + '\n' * (1 + i % 3 // 2) for i, line in enumerate(lines)), encoding='utf-8')
+    return path
 
 
-def test_threshold_is_the_nearest():
-    m = tiny()
-    cost = bench.cost_table(m.cfg, 32)
-    assert float(cost[9, 2]) == float(m.cfg.inference_flops(3, 10)) and cost.shape == (32, 4)
-    scores = torch.rand(3, 32, 3, generator=torch.Generator().manual_seed(22), dtype=torch.float64)
-
-    def brute(t):  # token by token
-        total = 0.0
-        for window in scores.tolist():
-            for p, gates in enumerate(window):
-                depth = 1 + next((i for i, s in enumerate(gates) if s < t), 3)
-                total += float(m.cfg.inference_flops(depth, p + 1))
-        return total / 96
-    for share in (0.3, 0.5, 0.8):
-        target = share * float(cost[:, -1].mean())
-        best = min(abs(brute(t) - target) for t in scores.flatten().tolist())
-        assert abs(brute(bench.find_threshold(scores, cost, target)) - target) <= best * (1 + 1e-9)
+def write_files(folder, files):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data.encode() if isinstance(data, str) else data)
+    return folder
 
 
-@pytest.mark.parametrize('kind', ['learned', 'confidence', 'convergence', 'uniform', 'geometric'])
-def test_policies_spend_what_they_should(kind):
-    m, x = tiny(), val_windows(60)
-    cost = bench.cost_table(m.cfg, 32)
-    target = 0.7 * float(cost[:, -1].mean())
-    if kind in bench.SCORES:
-        policy = bench.calibrated_policy(m, x, OPTIONS, kind, cost, target)
+def refuses(call, words):
+    """One sentence, as a UsageError, that holds these words."""
+    with pytest.raises(prepare_data.UsageError) as e:
+        call()
+    assert words in str(e.value) and '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('body, code, err', [
+    ('raise p.UsageError("bad \\udcff é, do this")', 2, 'x.py: bad \\udcff é, do this\n'),
+    ('open("none")', 2, "x.py: [Errno 2] No such file or directory: 'none'\n"),
+    ('raise KeyboardInterrupt', 130, 'interrupted\n'), ('print("é \\udcff")', 0, ''), ('{}[1]', 1, 'KeyError: 1\n')])
+def test_command_line(tmp_path, body, code, err):
+    write_files(tmp_path, {'x.py': f'import prepare_data as p\ndef main():\n    {body}\np.command_line(main)'})
+    env = {**os.environ, 'PYTHONPATH': str(HERE), 'PYTHONIOENCODING': 'ascii:strict'}
+    done = subprocess.run([sys.executable, 'x.py'], cwd=tmp_path, env=env, capture_output=True)
+    assert done.returncode == code and done.stderr.decode().endswith(err)
+    assert ('Traceback' in done.stderr.decode()) == (code == 1)
+
+
+def test_files_appear_whole_and_only_where_they_can(tmp_path, monkeypatch):
+    prepare_data.check_writable(tmp_path / 'x')
+    assert not any(tmp_path.iterdir())
+    prepare_data.write_beside(tmp_path / 'x', b'old')
+    for path, words in ((tmp_path, 'folder'), (tmp_path / 'no' / 'x', 'cannot be written'), ('/dev/null', 'regular'),
+                        (tmp_path / ('x' * 300), 'cannot be written'), (tmp_path / 'x' / 'y', 'cannot be written')):
+        refuses(lambda: prepare_data.check_writable(path), words)
+    monkeypatch.setattr(os, 'replace', fails(OSError(28, 'No space left on device')))
+    with pytest.raises(OSError):
+        prepare_data.write_beside(tmp_path / 'x', b'new')
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b'old']
+
+
+def fails(error):
+    def call(*args, **kw):
+        raise error
+    return call
+
+
+def test_one_process_a_folder(tmp_path, monkeypatch, capsys):
+    """A second preparation of the same folder is refused while the first runs, and leaves its files alone."""
+    fcntl = pytest.importorskip('fcntl')
+    write_files(tmp_path / 'in', {'a.txt': 'some words ' * 50})
+    command = [sys.executable, 'prepare_data.py', str(tmp_path / 'in'), '--out', str(tmp_path / 'out')]
+    (tmp_path / 'out' / 'unfinished').mkdir(parents=True)
+    with prepare_data.lock(tmp_path / 'out' / 'unfinished'):
+        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+        assert done.returncode == 2 and 'another process' in done.stderr and 'Traceback' not in done.stderr
+    assert subprocess.run(command, cwd=HERE, capture_output=True).returncode == 0
+    assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == ['meta.json', 'train.bin', 'val.bin']
+    monkeypatch.setattr(fcntl, 'flock', fails(OSError(38, 'Function not implemented')))
+    with prepare_data.lock(tmp_path):
+        assert 'no locks' in capsys.readouterr().err
+
+
+def test_bytes_tokenizer():
+    enc, text = prepare_data.load_tokenizer('bytes'), nasty(random.Random(0), 5000)
+    assert enc.encode_ordinary(text) == list(text.encode()) and enc.decode(list(text.encode())) == text
+    assert (enc.n_vocab, enc.eot_token) == (257, 256) and isinstance(enc, tiktoken.Encoding)
+
+
+def test_gpt2_ranks_are_gpt2(tmp_path, monkeypatch):
+    """A rank file, by tiktoken, and a tokenizer.json made of it, by `tokenizers`: two programs, the same tokens."""
+    pytest.importorskip('tokenizers')
+    enc = prepare_data.load_tokenizer(shared('gpt2.tiktoken'))
+    published = [15496, 11, 995, 0, 1279, 91, 437, 1659, 5239, 91, 29]
+    assert enc.encode_ordinary('Hello, world! <|endoftext|>') == published and enc.n_vocab == 50257
+    other = prepare_data.load_tokenizer(write_tokenizer_json(tmp_path / 'tokenizer.json', enc._mergeable_ranks))
+    assert other.n_vocab == enc.n_vocab and other.eot_token == enc.eot_token == 50256
+    blanks = ['x' + ' ' * 1_000_000 + 'y', '\n' * 1_000_000 + ' \u3000y', '\t ' * 500_000, '\x1c' * 200_000 + ' a']
+    for text in [nasty(random.Random(i), 2000) for i in range(20)] + blanks:
+        ids = enc.encode_ordinary(text)
+        assert ids == other.encode_ordinary(text)
+        assert enc.decode(ids) == other.decode(ids) == text
+    monkeypatch.setattr(prepare_data, 'LONG_BLANKS', re.compile(r'[^\S\x1c-\x1f]{3,}'))  # every run taken out
+    text = nasty(random.Random(1), 150_000)
+    assert enc.encode_ordinary(text) == other.encode_ordinary(text)
+
+
+def test_neox_tokenizer():
+    """Pythia's own file: published numbers, text of special tokens, NFC, and the bytes of every token."""
+    tokenizers = pytest.importorskip('tokenizers')
+    path = shared('neox20b_tokenizer.json')
+    enc, hf = prepare_data.load_tokenizer(path), tokenizers.Tokenizer.from_file(str(path))
+    assert enc.encode_ordinary('Hello, I am') == [12092, 13, 309, 717] and enc.eot_token == 0 and enc.n_vocab == 50277
+    assert 0 not in enc.encode_ordinary('a<|endoftext|>b')
+    for i in range(20):
+        text = nasty(random.Random(i), 2000)
+        assert enc.decode(enc.encode_ordinary(text)) == hf.normalizer.normalize_str(text)
+    tokens = [hf.encode(w).ids for w in ('naïve', ' 日本', '      x', '<|padding|>')]
+    for ids in tokens:
+        assert b''.join(map(enc.decode_single_token_bytes, ids)).decode() == hf.decode(ids, skip_special_tokens=False)
+
+
+@pytest.mark.parametrize('changes, words', [
+    (dict(decoder={'type': 'WordPiece', 'prefix': '##', 'cleanup': False}), 'not of bytes'),
+    (dict(model='BPE'), 'cannot be used'), (dict(decoder=None), 'cannot be used'), ('no JSON', 'cannot be used'),
+    ('{"a": ' * 10**5, 'cannot be used'), (b'\xff', 'cannot be used'), (dict(added_tokens=[]), 'has no <|endoftext|>')])
+def test_tokenizer_json_that_cannot_be_used_is_refused(tmp_path, changes, words):
+    pytest.importorskip('tokenizers')
+    if isinstance(changes, dict):
+        write_tokenizer_json(tmp_path / 'x.json', small_ranks(), **changes)
     else:
-        policy = bench.scheduled_policy(kind, cost.mean(0).tolist(), target)
-    depth, _ = bench.measure(m, x, OPTIONS, policy)
-    assert abs(float(bench.flops_spent(cost, depth).mean()) / target - 1) < 0.02
-    active = [1.0] + [float((depth > i).double().mean()) for i in (1, 2, 3)]
-    steps = [b / a if kind == 'geometric' else a - b for a, b in zip(active, active[1:])]
-    assert kind in bench.SCORES or max(steps) - min(steps) < 0.05
+        write_files(tmp_path, {'x.json': changes})
+    refuses(lambda: prepare_data.load_tokenizer(tmp_path / 'x.json'), words)
 
 
-def test_oracle_is_the_best_assignment():
-    g = torch.Generator().manual_seed(23)
-    for trial in range(5):
-        nll = torch.rand(1, 4, 3, generator=g, dtype=torch.float64)
-        cost = torch.tensor([[1.0, 2.2, 3.1]] * 4) + torch.rand(4, 1, generator=g)
-        depth = bench.oracle_depth(nll, cost, float(cost.mean(0)[1]) * (0.7 + 0.1 * trial))
-        mine, spent = float(nll.gather(-1, depth[..., None] - 1).sum()), float(bench.flops_spent(cost, depth).sum())
-        for choice in itertools.product((0, 1, 2), repeat=4):
-            if sum(float(cost[p, c]) for p, c in enumerate(choice)) <= spent:
-                assert sum(float(nll[0, p, c]) for p, c in enumerate(choice)) >= mine - 1e-9
-    nll, cost = torch.rand(40, 32, 4, generator=g, dtype=torch.float64), bench.cost_table(tiny().cfg, 32)
-    for share in (0.3, 0.5):
-        depth = bench.oracle_depth(nll, cost, share * float(cost.mean(0)[3]))
-        assert abs(float(bench.flops_spent(cost, depth).mean()) / float(cost.mean(0)[3]) - share) < 0.005
+@pytest.mark.parametrize('data, words', [
+    (b'YQ== 0 1\n', 'not a .tiktoken file'), (b'\n', 'not a .tiktoken file'), (b'*** 0\n', 'not a .tiktoken file'),
+    (b'YQ== 0\n', 'not a whole .tiktoken file')])
+def test_broken_rank_file_is_refused(tmp_path, data, words):
+    (tmp_path / 'x.tiktoken').write_bytes(data)
+    refuses(lambda: prepare_data.load_tokenizer(tmp_path / 'x.tiktoken'), words)
 
 
-def test_statistics():
-    rng = np.random.default_rng(24)
-    x, y = rng.integers(0, 5, 200), rng.normal(size=200).round(1)
-
-    def rank(v):  # by counting
-        return [sum(w < u for w in v) + (sum(w == u for w in v) - 1) / 2 for u in v]
-    assert abs(bench.spearman(x, y) - np.corrcoef(rank(x), rank(y))[0, 1]) < 1e-12
-    assert abs(bench.spearman(y, 3 * y + 1) - 1) < 1e-12 and bench.spearman(x, 0 * y) is None
-    means = [rng.normal(size=50).mean() for _ in range(2000)]  # what a standard error is
-    assert abs(bench.estimate(rng.normal(size=50))['error'] / np.std(means) - 1) < 0.3
-    row = dict(a=1.0, b=[dict(mean=2.0, error=0.5)], c='text', d=None)
-    assert bench.mean_over_seeds([row]) == dict(a=dict(mean=1.0, error=None), b=[dict(mean=2.0, error=0.5)], c='text', d=None)
-    other = dict(a=3.0, b=[dict(mean=4.0, error=0.5)], c='text')
-    two = dict(error=math.sqrt(2))
-    assert bench.mean_over_seeds([row, other]) == dict(a=dict(mean=2.0, **two), b=[dict(mean=3.0, **two)], c='text')
+@pytest.mark.parametrize('vocab, dtype', [(2**16, 'uint16'), (2**16 + 1, 'uint32')])
+def test_dtype_holds_the_vocabulary(tmp_path, vocab, dtype):
+    ranks = {bytes([b]): b for b in range(256)}
+    for i in range(vocab - 257):  # pairs, then pairs and a byte
+        ranks[bytes([33 + i // 94 % 94, 33 + i % 94, 33 + i // 94**2])[:2 if i < 94**2 else 3]] = 256 + i
+    path = write_ranks(tmp_path / 'big.tiktoken', ranks)
+    text = nasty(random.Random(7), 500) + ''.join(chr(33 + i % 94) for i in range(3000))
+    write_files(tmp_path, {'x.txt': text})
+    meta = prepare_data.prepare([tmp_path / 'x.txt'], tmp_path / 'out', path)
+    assert (meta['dtype'], meta['vocab_size'], meta['eot']) == (dtype, vocab, vocab - 1)
+    assert split_tokens(tmp_path / 'out', 'train')[-1] == vocab - 1
+    assert ''.join(split_texts(tmp_path / 'out', s)[0] for s in ('train', 'val')) == text
 
 
-def test_comparison_with_the_learned_gates_is_paired():
-    rows = []
-    for policy, flops, windows in [('fixed depth', 4, [8, 8]), ('fixed depth', 12, [9, 9]), ('fixed depth', 20, [0, 2]),
-                                   ('learned', 10, [1, 3]), ('random', 15, [2, 4]), ('random', 3, [2, 4])]:
-        windows = np.array(windows, float)
-        rows.append(dict(model='adaptive', policy=policy, flops=flops, nll=bench.estimate(windows), windows=windows))
-    bench.add_comparisons(rows, 'adaptive')
-    assert rows[4]['over_learned'] == dict(mean=1.5, error=0.0)  # half way between [1, 3] and [0, 2]; not the middle fixed depth
-    assert ['over_learned' in r for r in rows] == [False] * 4 + [True, False] and 'retained' not in rows[4]
-    for model, value in (('vanilla', 10.0), ('fixed', 0.5)):
-        rows.append(dict(model=model, policy='fixed depth', flops=20, nll=dict(mean=value), windows=np.zeros(2)))
-    bench.add_comparisons(rows, 'adaptive')
-    assert rows[3]['retained'] == (10 - 2) / (10 - 0.5) and 'retained' not in rows[6]
+def packed(data, packing):
+    if packing == '.zst':  # two frames, one behind the other
+        half = len(data) // 2
+        compress = pytest.importorskip('zstandard').compress
+        return compress(data[:half]) + compress(data[half:])
+    return gzip.compress(data) if packing == '.gz' else data
 
 
-def test_ppl_and_results(tmp_path, capsys):
-    made = dict(adaptive=tiny(torch.float32), fixed=tiny(torch.float32, seed=1, halting=False),
-                vanilla=tiny(torch.float32, seed=2, n_iter=1), three=tiny(torch.float32, seed=3, halting=False, n_iter=3),
-                cheap=tiny(torch.float32, seed=4))
-    paths = {name: bench_run(tmp_path, f'{name}.pt', m) for name, m in made.items()}
-    argv = ['ppl', '--ckpt', paths.pop('adaptive'), '--others', *(f'{name}={p}' for name, p in paths.items()), '--save', 0.2, 0.5]
-    got, text = run_bench(capsys, *argv, '--eval_tokens', 1000, '--calib_tokens', 400, '--json', tmp_path / 'one.json')
-    options = SimpleNamespace(**{**vars(OPTIONS), 'eval_tokens': 1000, 'calib_tokens': 400})
-    x, calib = bench.pick_windows(options, tmp_path / 'data', made['adaptive'], {})
-    assert len(x) == 31 and len(calib) == 12  # measured on other text than calibrated on
-    assert len({tuple(w) for w in torch.cat([x, calib]).tolist()}) == 43
+@pytest.mark.parametrize('form', ['txt', 'txt.gz', 'txt.zst', 'jsonl', 'jsonl.gz', 'jsonl.zst', 'parquet', 'hf'])
+def test_every_form_of_input_gives_the_same_documents(tmp_path, monkeypatch, capsys, form):
+    """Order kept, empty documents and byte order marks left out, half surrogates replaced, foreign files skipped."""
+    texts = [*some_texts(40), '', 'ends with <|endoftext|>', 'no newline\r\n\r\n', 'half \ud800 a pair']
+    whole = [t.replace('\ud800', '\ufffd') for t in texts if t]
+    folder, sources = tmp_path / 'in', [tmp_path / 'in']
+    form, packing = form.split('.')[0], form[form.find('.'):] if '.' in form else ''
+    if form == 'txt':
+        for i, text in enumerate(whole):
+            data = (b'\xef\xbb\xbf' if i % 3 else b'') + text.encode()
+            write_files(folder, {f'{i:03d}.{"txt" if i % 2 else "py"}{packing}': packed(data, packing)})
+        write_files(folder, {'.hidden': 'hidden', 'no.txt': '', 'picture.png': b'\x89PNG\r\n', 'tokens.bin': b'a\0b\0'})
+        write_files(folder / '__pycache__', {'x.txt': 'cache'})
+    elif form == 'jsonl':
+        for name, part in (('a', texts[:22]), ('b', texts[22:])):
+            data = b'\xef\xbb\xbf' + write_jsonl(tmp_path / 'x', part).read_bytes()
+            write_files(folder, {f'{name}.jsonl{packing}': packed(data, packing)})
+    elif form == 'parquet':
+        pa = pytest.importorskip('pyarrow')
+        parquet = pytest.importorskip('pyarrow.parquet')
+        folder.mkdir()
+        table = pa.table({'n': list(range(len(whole) + 1)), 'text': [*whole, '']})
+        parquet.write_table(table, folder / 'x.parquet', row_group_size=7)
+    else:
+        rows = {('a/b', 'c', 'train', True): [{'text': t} for t in texts]}
+        module = types.ModuleType('datasets')
+        module.load_dataset = lambda name, config, split, streaming: rows[name, config, split, streaming]
+        monkeypatch.setitem(sys.modules, 'datasets', module)
+        sources = ['hf:a/b:c']
+    prepare_data.prepare(sources, tmp_path / 'out', val_fraction=0.3)
+    train, val = [split_texts(tmp_path / 'out', s) for s in ('train', 'val')]
 
-    rows = {(r['model'], r['policy'], r['setting']): r for r in got['rows']}
-    full = sum(float(made['fixed'].cfg.inference_flops(4, t + 1)) for t in range(32)) / 32
-    for name, policy, setting in (('adaptive', 'learned', 'own tau'), ('cheap', 'learned', 'own tau'),
-                                  ('three', 'fixed depth', 'max_iter 3'), ('vanilla', 'fixed depth', 'max_iter 1')):
-        m, r = made[name], rows[name, policy, setting]
-        out = m(x[:, :-1], x[:, 1:])
-        flops = sum(float(m.cfg.inference_flops(out.depth[:, t], t + 1).sum()) for t in range(32)) / out.depth.numel()
-        assert abs(r['nll']['mean'] - out.ce_loss.item()) < 1e-5 and abs(r['saved'] - (1 - flops / full)) < 1e-6
-        assert abs(r['depth'] - float(out.depth.double().mean())) < 1e-9
-        se = float(out.nll.double().mean(1).std() / math.sqrt(len(x)))
-        assert abs(r['nll']['error'] - se) < 1e-6
-    for (model, policy, setting), r in rows.items():
-        if policy not in ('fixed depth', 'oracle') and setting != 'own tau':
-            near = rows['adaptive', 'learned', setting]['saved']
-            assert abs(r['saved'] - near) < 0.1, (model, policy, setting)  # 12 windows set it
-    own, random_own = rows['adaptive', 'learned', 'own tau'], rows['adaptive', 'random', 'own tau']
-    assert np.allclose(random_own['active'], own['active'], atol=0.05)
-    kinds = {model: {p for m, p, _ in rows if m == model} - {'fixed depth'} for model in made}
-    assert kinds == dict(adaptive=set(bench.POLICIES), fixed={'confidence', 'convergence'}, three={'confidence', 'convergence'},
-                         vanilla=set(), cheap={'learned'})
-    difference = rows['fixed', 'confidence', 'own tau']['nll']['mean'] - own['nll']['mean']
-    assert abs(rows['fixed', 'confidence', 'own tau']['over_learned']['mean'] - difference) < 0.2
-    gain = rows['vanilla', 'fixed depth', 'max_iter 1']['nll']['mean'] - rows['fixed', 'fixed depth', 'max_iter 4']['nll']['mean']
-    assert ('retained' in own) == (gain > 0)
-    depths = got['runs']['adaptive']['by_depth']
-    assert abs(sum(d['share'] * d.get('nll', 0) for d in depths) - own['nll']['mean']) < 1e-6
-    depth = made['cheap'](x[:, :-1]).depth
-    assert [d['share'] for d in got['runs']['cheap']['by_depth']] == [float((depth == d).double().mean()) for d in (1, 2, 3, 4)]
-    assert f'{own["nll"]["mean"]:.4f} ± {own["nll"]["error"]:.4f}' in text
-
-    # the same setting with another seed, 0.2 nats worse
-    for r in got['rows']:
-        r['nll']['mean'] += 0.2
-    (tmp_path / 'two.json').write_text(json.dumps(got), encoding='utf-8')
-    bench.main(['results', str(tmp_path / 'one.json'), str(tmp_path / 'two.json'), '--out', str(tmp_path / 'r')])
-    first = (tmp_path / 'r' / 'results.md').read_text(encoding='utf-8')
-    group, = json.loads((tmp_path / 'r' / 'results.json').read_text(encoding='utf-8'))['groups'].values()
-    nll = group['rows']['adaptive, learned, own tau']['nll']
-    assert abs(nll['mean'] - own['nll']['mean'] - 0.1 + 0.2 * (got['rows'] is own)) < 1e-9 or abs(nll['mean'] + 0.1 - own['nll']['mean']) < 1e-9
-    assert abs(nll['error'] - 0.2 / math.sqrt(2)) < 1e-9 and len(group['seeds']) == 2 and f'{nll["mean"]:.4f} ± 0.1414' in first
-    assert (tmp_path / 'r' / 'isoflops.png').exists() == ('no pictures' not in capsys.readouterr().out)
-    bench.main(['results', str(tmp_path / 'r' / 'results.json'), '--out', str(tmp_path / 'again')])  # the README's tables, made anew
-    assert (tmp_path / 'again' / 'results.md').read_text(encoding='utf-8') == first
+    def for_validation(text):
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), 'big') < 0.3 * 2**64
+    assert val == [t for t in whole if for_validation(t)] and 3 < len(val) < 25
+    assert train == [t for t in whole if not for_validation(t)]
+    assert ('skipped 2 files' in capsys.readouterr().out) == (form == 'txt')
 
 
-@pytest.mark.parametrize('shape', [{}, dict(vocab_size=50304, n_embd=32), dict(halting=False, n_iter=1), dict(feedback='hidden')])
-def test_flops_table_equals_the_counter(shape, tmp_path, capsys):
-    got, text = run_bench(capsys, 'flops', '--config', shape_file(tmp_path / 'a.py', **shape), '--json', tmp_path / 'f.json')
-    c, = got['configs']
-    cfg, seen, formula = AdaPonderConfig(**c['config']), c['counted']['seen'], c['counted']['formula']
-    assert c['parameters'] == sum(p.numel() for p in AdaPonderLM(cfg).parameters()) and f'{c["parameters"]:,} parameters' in text
-    assert abs(seen['products'] / formula['products'] - 1) < 1e-9
-    assert 1 <= seen['attention'] / formula['attention'] < 3.3  # all queries, and whole rectangles of keys
-    for r in c['depths']:
-        parts = sum(r[k] for k in ('linear', 'attention', 'unembed', 'ponder', 'gates'))
-        assert abs(parts / r['total'] - 1) < 1e-12 and r['total'] == cfg.inference_flops(r['depth'], 64.5)
-    assert (c['depths'][0]['x_vanilla'] == 1) == (not cfg.halting or cfg.n_iter == 1)
-    dense = AdaPonderLM(cfg).requires_grad_(False)  # from outside: a dense run, counted
-    x = torch.zeros(1, 128, dtype=torch.long)
-    assert abs(count_flops(lambda: dense(x, x)) / (128 * float(cfg.inference_flops(cfg.n_iter, 128))) - 1) < 1e-9
+def test_files_and_globs_in_their_order(tmp_path, monkeypatch):
+    texts = some_texts(30)
+    write_files(tmp_path / 'in', {f'{i:02d}.txt': t for i, t in enumerate(texts)})
+    monkeypatch.setenv('HOME', str(tmp_path))
+    prepare_data.prepare(['~/in/[12]*.txt', '~/in/02.txt'], '~/out', val_fraction=0.3)
+    train, val = [split_texts(tmp_path / 'out', s) for s in ('train', 'val')]
+    order = [*texts[10:], texts[2]]
+    assert sorted(train + val) == sorted(order) and train == [t for t in order if t in train]
 
 
-def test_speed_counts_what_it_times(tmp_path, capsys):
-    argv = ['--length', 100, '--prompt', 7, '--new', 9, '--slots', 1, 3, '--rounds', 1, '--share', 0, 0.5]
-    got, _ = run_bench(capsys, 'speed', '--config', shape_file(tmp_path / 'a.py'), *argv, '--json', tmp_path / 's.json')
-    cfg = AdaPonderConfig(**got['config'])
-    fixed = AdaPonderConfig(**{**got['config'], 'halting': False})
-    rows = {(r['case'], r['variant']): r for r in got['rows']}
-    assert {c for c, _ in rows} == {'prefill 100', 'decode, 1 slots', 'decode, 3 slots', 'training step 99'}
-    depth = AdaPonderLM(cfg)(torch.zeros(1, 100, dtype=torch.long), policy=bench.forced_policy(0.5, 4)).depth[0].tolist()
-
-    def prefill(cfg, depth):  # token by token; logits of the last one alone
-        head = cfg.flops(0)['unembed']
-        return sum(float(cfg.inference_flops(d, t + 1)) - head for t, d in enumerate(depth)) + head
-    half = 'adaptive, 50% halted'
-    assert abs(rows['prefill 100', half]['flop_ratio'] / (prefill(cfg, depth) / prefill(fixed, [4] * 100)) - 1) < 1e-9
-    contexts = range(8, 17)  # of the tokens that are timed: after the prompt and the first new one
-    mine = sum(float(cfg.inference_flops(depth[t - 1], t)) for t in contexts)
-    ratio = mine / sum(float(fixed.inference_flops(4, t)) for t in contexts)
-    assert abs(rows['decode, 1 slots', half]['flop_ratio'] / ratio - 1) < 1e-9
-    packed = sum(float(cfg.inference_flops(d, 50)) for d in depth[:99]) / 99 / float(fixed.inference_flops(4, 50))
-    assert abs(rows['training step 99', half + ', packed']['flop_ratio'] / packed - 1) < 1e-9
-    vanilla = AdaPonderConfig(**{**got['config'], 'halting': False, 'n_iter': 1}).inference_flops(1, 50)
-    assert abs(rows['training step 99', 'n_iter=1']['flop_ratio'] / (vanilla / fixed.inference_flops(4, 50)) - 1) < 1e-9
+def test_split_depends_on_the_document_alone(tmp_path):
+    texts = [f'document {i}' for i in range(3000)]
+    write_jsonl(tmp_path / 'a.jsonl', texts)
+    write_jsonl(tmp_path / '0.jsonl', [f'another {i}' for i in range(500)])
+    prepare_data.prepare([tmp_path / 'a.jsonl'], tmp_path / 'one', val_fraction=0.1)
+    prepare_data.prepare([tmp_path / 'a.jsonl', tmp_path / '0.jsonl'], tmp_path / 'two', val_fraction=0.1)
+    one, two = (set(split_texts(tmp_path / n, 'val')) for n in ('one', 'two'))
+    assert one == two & set(texts) and 300 - 4 * 17 < len(one) < 300 + 4 * 17 and two - one
 
 
-def test_variants_run_in_turn():
-    order, known = [], dict(A=dict(seconds=2.0, flops=8.0), B=dict(seconds=3.0, flops=4.0))
-    variants = {n: lambda n=n: order.append(n) or dict(tokens=4, depth=1.0, **known[n]) for n in 'AB'}
-    rows = bench.time_variants('case', variants, rounds=2)
-    assert order == list('AB' 'ABAB')  # a warm-up of each, then in turn
-    assert rows[1]['time_ratio'] == [1.5] * 3 and rows[1]['flop_ratio'] == 0.5 and rows[1]['ms_per_token'] == [750.0] * 3
+def test_a_very_long_text_is_several_documents(tmp_path, monkeypatch):
+    """It is cut at the ends of lines; a text without lines at twice the length at most."""
+    monkeypatch.setattr(prepare_data, 'LONGEST', 100)
+    monkeypatch.setattr(prepare_data, 'BATCH', 300)
+    texts = ['\ufeff' + 'é\r\n' * 40, 'x' * 500, ''.join(f'line {i}\n' for i in range(300)), 'short']
+    write_files(tmp_path / 'in', {f'{i}.txt': text for i, text in enumerate(texts)})
+    prepare_data.prepare([tmp_path / 'in'], tmp_path / 'out', val_fraction=0.3)
+    train, val = [split_texts(tmp_path / 'out', split) for split in ('train', 'val')]
+    assert len(train) > 10 and len(val) > 1 and all(len(text) <= 200 for text in train + val)
+    assert sorted(''.join(train + val)) == sorted(''.join(texts)[1:])  # less the byte order mark
+    assert all(text.startswith('line') and text.endswith('\n') for text in train + val if 'line' in text)
 
 
-def test_speed_of_a_checkpoint_on_its_own_text(tmp_path, capsys):
-    m = tiny(torch.float32)
-    argv = ['--data', tmp_path / 'data', '--length', 24, '--batch_size', 5, '--prompt', 6, '--new', 4, '--slots', 2, '--rounds', 1,
-            '--share', '--cases', 'prefill', 'decode']
-    got, _ = run_bench(capsys, 'speed', '--ckpt', bench_run(tmp_path, 'a.pt', m), *argv, '--json', tmp_path / 's.json')
-    rows = {(r['case'], r['variant']): r for r in got['rows']}
-    assert {v for _, v in rows} == {'fixed', 'fixed, dense', 'fixed, packed', 'adaptive'}
-    val = np.fromfile(tmp_path / 'data/val.bin', np.uint16).astype(np.int64)
-
-    def windows(n, length):  # n of them, evenly spread, none of them the first or the last
-        starts = np.linspace(0, (len(val) - length) // length - 1, n + 2)[1:-1].round().astype(int) * length
-        return torch.tensor(np.stack([val[s:s + length] for s in starts]))
-    depth = m(windows(5, 24)).depth
-    assert len(set(depth.flatten().tolist())) > 1
-    assert rows['prefill 24', 'adaptive']['depth'] == pytest.approx(float(depth.double().mean()))
-    steps = list(bench.stream(m, windows(2, 6).tolist(), 8, temperature=0, slots=2))[2:10]
-    assert rows['decode, 2 slots', 'adaptive']['depth'] == pytest.approx(sum(s.depth for s in steps) / 8)
+@pytest.mark.parametrize('files, expect', [
+    ({'x.txt.gz': gzip.compress(nasty(random.Random(5), 3000).encode())}, None),
+    ({'a.txt': 'one', 'b.txt': 'three', 'c.txt': 'the last'}, (['one', 'three', 'the las'], ['t'])),
+    ({'a.jsonl': '{"text": "a single row"}'}, (['a single ro'], ['w'])), ({'a.txt': 'aé'}, (['a'], ['é']))])
+def test_of_few_documents_the_end_is_for_validation(tmp_path, capsys, files, expect):
+    write_files(tmp_path / 'in', files)
+    meta = prepare_data.prepare([tmp_path / 'in'], tmp_path / 'out', val_fraction=0.1)
+    train, val = (split_texts(tmp_path / 'out', s) for s in ('train', 'val'))
+    assert 'for validation' in capsys.readouterr().out and meta['train']['documents'] == len(train)
+    if expect:
+        assert (train, val) == expect
+    else:
+        text = gzip.decompress(files['x.txt.gz']).decode()
+        assert train[0] + val[0] == text and abs(len(val[0].encode()) - len(text.encode()) / 10) < 5
 
 
-@pytest.mark.parametrize('block_size', [16, 192])
-def test_speed_runs_with_its_defaults(block_size, tmp_path, capsys):
-    got, _ = run_bench(capsys, 'speed', '--config', shape_file(tmp_path / 'a.py', block_size=block_size, n_layer=1), '--slots', 2,
-                       '--rounds', 1, '--json', tmp_path / 's.json')
-    assert len({r['case'] for r in got['rows']}) == 3
+def test_shards_join_to_the_same_tokens(tmp_path, capsys):
+    for i in range(7):
+        write_jsonl(tmp_path / f'{i}.jsonl', some_texts(20, seed=i))
+    tokenizer = write_ranks(tmp_path / 't.tiktoken', small_ranks())
+    sources, kw = [tmp_path / '*.jsonl'], dict(tokenizer=tokenizer, val_fraction=0.2)
+    prepare_data.prepare(sources, tmp_path / 'whole', **kw)
+    prepare_data.prepare(sources, tmp_path / 'small', **kw, shard_tokens=1000)
+    for i in (2, 0, 1):
+        assert not (tmp_path / 'jobs' / 'meta.json').exists()
+        prepare_data.prepare(sources, tmp_path / 'jobs', **kw, shard=f'{i}/3', shard_tokens=1000)
+        assert ('all 3 shards are there' if i == 1 else 'still to come') in capsys.readouterr().out
+    metas = [json.loads((tmp_path / n / 'meta.json').read_text()) for n in ('whole', 'small', 'jobs')]
+    assert len(metas[1]['train']['files']) > 5 and all(f['tokens'] == 1000 for f in metas[1]['train']['files'][:-1])
+    for split in ('train', 'val'):
+        want = split_tokens(tmp_path / 'whole', split)
+        assert want == split_tokens(tmp_path / 'small', split) == split_tokens(tmp_path / 'jobs', split)
+        assert split_texts(tmp_path / 'jobs', split) == split_texts(tmp_path / 'whole', split)
+    assert all({**m, 'train': 0, 'val': 0} == {**metas[0], 'train': 0, 'val': 0} for m in metas)
+    # fewer files another time: those of before go, others stay
+    write_files(tmp_path / 'small', {'training.bin': 'not ours'})
+    prepare_data.prepare(sources, tmp_path / 'small', **kw)
+    names = sorted(p.name for p in (tmp_path / 'small').iterdir())
+    assert names == ['meta.json', 'tokenizer.tiktoken', 'train.bin', 'training.bin', 'val.bin']
+    again = lambda: prepare_data.prepare(sources, tmp_path / 'jobs', 'bytes', shard='1/3')  # noqa: E731
+    refuses(again, 'shard_00000_of_00003, shard_00002_of_00003')
+    (tmp_path / 'jobs' / 'shard_00000_of_00003' / 'meta.json').write_text('{}')
+    refuses(again, 'shard_00000_of_00003')
 
 
-@pytest.mark.parametrize('remat', [False, True])
-@pytest.mark.parametrize('bf16', [False, True])
-@pytest.mark.parametrize('kw', [dict(n_iter=1), dict(halting=False), dict(), dict(objective='paper')])
-def test_plan_knows_the_peak_of_a_step(kw, bf16, remat, tmp_path):
-    """Tensors without values against the bytes that torch's profiler sees come and go in a step that runs."""
-    cfg = AdaPonderConfig(**{**dict(vocab_size=2048, block_size=256, n_layer=3, n_head=4, n_embd=64), **kw})
-    model, x = AdaPonderLM(cfg), torch.randint(cfg.vocab_size, (8, 257))
-    model.remat = remat
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    with torch.autograd.profiler.profile(profile_memory=True, use_kineto=True) as prof:
-        with torch.autocast('cpu', torch.bfloat16, enabled=bf16):
-            loss = model(x[:, :-1], x[:, 1:], tau=0.0, k=0.1).loss
-        loss.backward()
-    prof.export_chrome_trace(str(tmp_path / 'trace.json'))
-    events = [(e['ts'], e['args']['Total Allocated'], e['args']['Bytes'])
-              for e in json.loads((tmp_path / 'trace.json').read_text(encoding='utf-8'))['traceEvents'] if e['name'] == '[memory]']
-    _, first, size = min(events)
-    measured = max(total for _, total, _ in events) - (first - size)
-    in_place = 2 * 4 * cfg.vocab_size * cfg.n_embd  # gradients of the two tables, which autograd adds up in place
-    got = bench.activation_memory(cfg, 8, bf16, remat, like_gpu=False)
-    assert measured * 0.99 < got < measured * 1.01 + in_place
+KILLED = '''
+import os, signal, sys, prepare_data as p
+p.LONGEST, p.BATCH, p.SAVE_EVERY, left = 3000, 3000, 0, int(sys.argv[1])
+def dies(f):
+    def call(*a):
+        global left
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        return f(*a)
+    return call
+os.replace, p.TokenFiles.write = dies(os.replace), dies(p.TokenFiles.write)
+p.prepare(sys.argv[4:], sys.argv[2], sys.argv[3], val_fraction=0.3, shard_tokens=1000)
+'''
 
 
-def test_plan_arithmetic(tmp_path, capsys):
-    file = shape_file(tmp_path / 'a.py', gradient_accumulation_steps=16, max_steps='1M tokens', shard_optimizer=True)
-    argv = ['plan', '--config', file, '--gpu', 'A100', '--gpus', 8, '--mfu', 0.5, '--price', 2, '--json', tmp_path / 'p.json']
-    got, text = run_bench(capsys, *argv)
-    P = sum(p.numel() for p in AdaPonderLM(AdaPonderConfig(**got['config'])).parameters())
-    d, L, V, T, K = 64, 2, 500, 128, 4
-    tokens = round(1e6 / (2 * 128 * 16)) * 2 * 128 * 16
-    forward = K * (24 * L * d * d + 4 * L * d * (T + 1) / 2) + (K - 1) * (4 * d * V + 8 * d * d + 8 * d) + 2 * d * V
-    assert got['tokens'] == tokens and got['parameters'] == P and abs(got['forward_flops'] / forward - 1) < 1e-12
-    hours = 3 * forward * tokens / (312e12 * 0.5) / 3600
-    assert abs(got['gpu_hours'] / hours - 1) < 1e-9 and abs(got['dollars'] / (2 * hours) - 1) < 1e-9
-    memory = got['memory']
-    assert memory['weights'] == memory['gradients'] == 4 * P and memory['optimizer'] == P and 'TOO MUCH' not in text
-    assert got['peak_memory'] == sum(memory.values())
-    big = shape_file(tmp_path / 'b.py', vocab_size=50304, block_size=2048, n_layer=4, n_head=8, n_embd=512, batch_size=64,
-                     gradient_accumulation_steps=7)
-    got, text = run_bench(capsys, 'plan', '--config', big, '--gpu', 'RTX 4090', '--json', tmp_path / 'p.json')
-    assert 'TOO MUCH' in text and 'not a multiple of 8' in text
-    cfg, n, static = AdaPonderConfig(**got['config']), got['largest_batch_size'], got['peak_memory'] - got['memory']['activations']
-    assert 0 < n < 64 and static + bench.activation_memory(cfg, n) < 24e9 < static + bench.activation_memory(cfg, n + 6)
+@pytest.mark.parametrize('few', [False, True])
+def test_killed_preparation_continues(tmp_path, monkeypatch, few):
+    """kill -9 between any two steps of writing: a meta.json is always true, and the same command continues."""
+    tokenizer = write_ranks(tmp_path / 't.tiktoken', small_ranks())
+    texts = [nasty(random.Random(6), 9000), nasty(random.Random(7), 30_000)]
+    for i in range(0 if few else 4):
+        write_jsonl(tmp_path / f'{i}.jsonl', some_texts(25, seed=i))
+    write_files(tmp_path, {'8.txt': texts[0], '9.txt': texts[1]})
+    sources = [str(tmp_path / '9.txt')] if few else [str(tmp_path / '*.jsonl'), str(tmp_path / '[89].txt')]
+    monkeypatch.setattr(prepare_data, 'LONGEST', 3000)
+    monkeypatch.setattr(prepare_data, 'BATCH', 3000)
+    batches, encode_all = [], prepare_data.encode_all
+    monkeypatch.setattr(prepare_data, 'encode_all', lambda *a: (batches.append(1) or x for x in encode_all(*a)))
+    kw = dict(tokenizer=str(tokenizer), val_fraction=0.3, shard_tokens=1000)
+    prepare_data.prepare(sources, tmp_path / 'whole', **kw)
+    want, all_batches = {p.name: p.read_bytes() for p in (tmp_path / 'whole').iterdir()}, len(batches)
+    assert all_batches > 5 and len(want) > 5
+    steps = 3 * all_batches  # two writes and one progress file a batch, then the renames
+    write_files(tmp_path, {'other.text': 'of another time'})
+    prepare_data.prepare([tmp_path / 'other.text'], tmp_path / 'other')
+    for left in (0, 10, steps // 2 + 1, steps - 1, steps, steps + 3, steps + len(want) - 1):
+        out = shutil.copytree(tmp_path / 'other', tmp_path / f'killed{left}')
+        command = [sys.executable, '-c', KILLED, str(left), str(out), str(tokenizer), *sources]
+        done = subprocess.run(command, cwd=HERE, capture_output=True)
+        assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+        if left < steps:  # what was there before is whole
+            assert split_texts(out, 'train') + split_texts(out, 'val') == ['of another tim', 'e']
+        else:
+            assert not (out / 'meta.json').exists()
+        batches.clear()
+        prepare_data.prepare(sources, out, **kw)
+        assert {p.name: p.read_bytes() for p in out.iterdir()} == want
+        if 10 <= left < steps and not few:
+            assert len(batches) <= all_batches - left // 3 + 1
 
 
-@pytest.mark.parametrize('settings, want', [
-    (dict(), ([], 256, 0.0)), (dict(until='\n', max_gen_toks=9), (['\n'], 9, 0.0)),
-    (dict(do_sample=True, temperature=0.0), ([], 256, 0.0)), (dict(do_sample=False, temperature=0.7), ([], 256, 0.0)),
-    (dict(temperature=0.7, max_new_tokens=5, max_tokens=7), ([], 5, 0.7)), (dict(do_sample=True), ([], 256, 0.0))])
-def test_harness_sampling_is_as_lm_eval_has_it(settings, want):
-    assert bench.sampling_of(settings)[:3] == want
+@pytest.mark.parametrize('kind', ['tiktoken', 'json'])
+def test_workers_change_nothing(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(prepare_data, 'BATCH', 3000)
+    if kind == 'json':
+        pytest.importorskip('tokenizers')
+    write = write_tokenizer_json if kind == 'json' else write_ranks
+    tokenizer = write(tmp_path / f't.{kind}', small_ranks())
+    write_jsonl(tmp_path / 'x.jsonl', some_texts(400))
+    for n in (1, 2):
+        prepare_data.prepare([tmp_path / 'x.jsonl'], tmp_path / f'{n}', tokenizer, workers=n, val_fraction=0.2)
+    for name in ('train.bin', 'val.bin', 'meta.json'):
+        assert (tmp_path / '1' / name).read_bytes() == (tmp_path / '2' / name).read_bytes()
+
+
+def archive(form):
+    """The bytes of an archive of text files."""
+    file, text = io.BytesIO(), b'a text file\n' * 300
+    if form == 'zip':
+        with zipfile.ZipFile(file, 'w') as z:
+            z.writestr('a.txt', text)
+    else:
+        with tarfile.open(fileobj=file, mode=form) as tar:
+            info = tarfile.TarInfo('a.txt')
+            info.size = len(text)
+            tar.addfile(info, io.BytesIO(text))
+    return file.getvalue()
+
+
+BAD = [
+    ('x', b'good \xff bad', {}, 'x is not text in UTF-8'), ('x', 'ends é'.encode()[:-1], {}, 'UTF-8'),
+    ('x', b'', {}, 'no text in'), ('x', b'\xef\xbb\xbf', {}, 'no text in'), ('x', 'text'.encode('utf-16'), {}, 'UTF-8'),
+    ('x.tar', archive('w:'), {}, 'unpack an archive'), ('x.tar.gz', archive('w:gz'), {}, 'unpack an archive'),
+    ('x.tbz', archive('w:bz2'), {}, 'unpack an archive'), ('x.zip', archive('zip'), {}, 'unpack an archive'),
+    ('x.gz', b'not packed', {}, 'x.gz cannot be read'), ('x.gz', gzip.compress(b'text')[:-9], {}, 'cannot be read'),
+    ('x.jsonl', b'{"text": "a"}\n{"text": "b"\n', {}, 'x.jsonl, line 2 is not an object with a string "text"'),
+    ('x.jsonl', b'{"txt": "a"}\n', {}, 'line 1 is not'), ('x.jsonl', b'\xff\n', {}, 'line 1 is not'),
+    ('x.jsonl', b'["text"]\n', {}, 'line 1 is not'), ('x.jsonl', b'{"text": 5}', {}, 'line 1 is not'),
+    ('x.jsonl', b'[' * 100_000, {}, 'line 1 is not'), ('x.jsonl', b'\n\n', {}, 'no text in'),
+    ('x.jsonl', b'{"text": ""}\n', {}, 'no text in'), ('x', b'a', {}, 'too few for training and validation'),
+    *[('x', b'text', dict(val_fraction=v), '--val_fraction must lie') for v in (0, 1.0, -1, float('nan'))],
+    *[('x', b'text', dict(shard=s), '--shard must be i/n') for s in ('1', '0/2', '1/1', '-1/1', '0/0', '9' * 5000)],
+    *[('x', b'text', dict(shard_tokens=s), '--shard_tokens must be') for s in (-1, 0.5, float('inf'), float('nan'))],
+    *[('x', b'text', dict(workers=w), '--workers must be') for w in (0, -1, 10**9)], ('', b'', {}, 'no files found'),
+    ('x', b'text', dict(tokenizer='gpt-2'), "unknown tokenizer 'gpt-2': give bytes, one of gpt2"),
+    ('x', b'text', dict(tokenizer='none.json'), 'no tokenizer file none.json')]
+
+
+@pytest.mark.parametrize('name, data, kw, words', BAD)
+def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, name, data, kw, words):
+    write_files(tmp_path / 'in', {name: data} if name else {})
+    sources, out = [tmp_path / 'in' / name], tmp_path / 'out'
+    refuses(lambda: prepare_data.prepare(sources, out, **kw), words)
+    assert not out.exists()
+    # data that was there stays as it was
+    write_files(tmp_path, {'good.txt': 'some good text'})
+    prepare_data.prepare([tmp_path / 'good.txt'], out)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    refuses(lambda: prepare_data.prepare(sources, out, **kw), words)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+@pytest.mark.parametrize('packing', ['.gz', '.zst'])
+def test_compressed_input_that_was_cut_off_is_refused(tmp_path, packing):
+    """Cut anywhere but at the border of two frames, or with a byte changed."""
+    if packing == '.zst':
+        pytest.importorskip('pyarrow')
+    rows = ''.join(json.dumps({'text': f'text {i * 7919 % 10007}'}) + '\n' for i in range(2000)).encode()
+    data = packed(rows, packing)
+    frames = [data]
+    if packing == '.zst':
+        compressor = pytest.importorskip('zstandard').ZstdCompressor(write_checksum=True)
+        frames = [compressor.compress(rows[:len(rows) // 2]), compressor.compress(rows[len(rows) // 2:])]
+        data = b''.join(frames)
+    damaged = [data[:n] for n in (5, len(data) // 3, len(frames[0]) + 3, len(data) - 1) if n < len(data)]
+    damaged += [data + b'garbage', data[:500] + bytes([data[500] ^ 255]) + data[501:]]
+    for i, part in enumerate(damaged):
+        write_files(tmp_path, {f'{i}.jsonl{packing}': part})
+        refuses(lambda: prepare_data.prepare([tmp_path / f'{i}.jsonl{packing}'], tmp_path / 'out'), f'{i}.jsonl')
+    write_files(tmp_path, {'whole.txt' + packing: frames[0]})
+    prepare_data.prepare([tmp_path / f'whole.txt{packing}'], tmp_path / 'out')
+    texts = [split_texts(tmp_path / 'out', split)[0] for split in ('train', 'val')]
+    assert ''.join(texts).encode() == rows[:len(rows) // len(frames)]
+
+
+def test_folder_with_names_and_files_that_are_no_text(tmp_path):
+    """Archives and a picture whose name is not UTF-8 are skipped and counted, whatever the output's encoding is."""
+    write_files(tmp_path / 'in', {f'{i}.txt': f'text {i} ' * 200 for i in range(40)})
+    write_files(tmp_path / 'in', {'x.tar': archive('w:'), 'x.tar.gz': archive('w:gz'), 'x.zip': archive('zip')})
     try:
-        from lm_eval.models.utils import normalize_gen_kwargs
-    except ImportError:
-        return
-    theirs = normalize_gen_kwargs(dict(settings))
-    temperature = theirs.get('temperature', 0.0) if theirs['do_sample'] else 0.0
-    assert (theirs['until'], theirs['max_gen_toks'], temperature) == want
-    assert bench.sampling_of(dict(settings, top_k=0, top_p=0.9))[3:] == (None, 0.9)
+        with open(os.fsencode(tmp_path / 'in') + b'/caf\xe9.png', 'wb') as f:
+            f.write(b'\x89PNG\0\xff')
+    except OSError:
+        pytest.skip('this file system has names in UTF-8 only')
+    command = [sys.executable, 'prepare_data.py', str(tmp_path / 'in'), '--out', str(tmp_path / 'out')]
+    env = {**os.environ, 'PYTHONIOENCODING': 'ascii:strict'}
+    done = subprocess.run([*command, '--val_fraction', '0.2'], cwd=HERE, capture_output=True, env=env)
+    assert done.returncode == 0 and b'skipped 4 files' in done.stdout, done.stderr.decode()
+    assert len(split_texts(tmp_path / 'out', 'train')) + len(split_texts(tmp_path / 'out', 'val')) == 40
 
 
-def test_harness_adapter(tmp_path):
-    """Log-likelihoods, rolling windows and generation against direct computations, and against lm-eval's own model."""
-    pytest.importorskip('lm_eval', reason='pip install lm-eval')
-    if not (SHARED / 'tokenizers' / 'neox20b_tokenizer.json').exists():
-        pytest.skip('needs the GPT-NeoX tokenizer in ../shared')
-    from lm_eval.api.instance import Instance
-    hf = neox(vocab_size=50304, hidden_size=32, block_size=48, bos_token_id=0, eos_token_id=0)
-    for p in hf.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    hf.save_pretrained(tmp_path / 'hf')
-    shutil.copy(SHARED / 'tokenizers' / 'neox20b_tokenizer.json', tmp_path / 'hf' / 'tokenizer.json')
-    special = dict(tokenizer_class='PreTrainedTokenizerFast', bos_token=EOT, eos_token=EOT)
-    (tmp_path / 'hf' / 'tokenizer_config.json').write_text(json.dumps(special), encoding='utf-8')
-    model = AdaPonderLM.from_pretrained(tmp_path / 'hf', n_iter=4).requires_grad_(False)
-    for gate in model.gates:
-        torch.nn.init.normal_(gate.proj.weight, std=2.0)
-    enc = bench.load_tokenizer(str(tmp_path / 'hf' / 'tokenizer.json'))
-    pairs = [('The cat sat on the', ' mat'), ('', 'Once upon a time'), ('one two three four five', ' six  seven eight'),
-             ('word ' * 60, 'end of it'), ('a ', 'b')]
-    rolling = [('cat and dog ' * 40,), ('short text',)]
-    until = [('The cat', dict(until=['.', '\n'], max_gen_toks=9)), ('a dog that', dict(until=[], max_gen_toks=9)),
-             ('The cat', dict(until='.', max_gen_toks=5))]
-
-    def ask(kind, arguments):
-        return [Instance(kind, {}, x, n) for n, x in enumerate(arguments)]
-    for tau, max_iter in ((0.98, None), (None, 1)):
-        lm = bench.harness_model(model, enc, SimpleNamespace(**{**vars(OPTIONS), 'tau': tau, 'max_iter': max_iter}))
-        got, depths = lm.loglikelihood(ask('loglikelihood', pairs), disable_tqdm=True), []
-        for (context, continuation), (value, greedy) in zip(pairs, got):
-            spaces = len(context) - len(context.rstrip())
-            whole = enc.encode_ordinary(context + continuation) if context else [0] + enc.encode_ordinary(continuation)
-            n = len(whole) - (len(enc.encode_ordinary(context[:len(context) - spaces])) if context else 1)
-            out = model(torch.tensor([whole[-49:-1]]), tau=tau, max_iter=max_iter)
-            p, want = out.logits[0, -n:].log_softmax(-1), torch.tensor(whole[-n:])
-            assert abs(value - float(p.gather(-1, want[:, None]).sum())) < 1e-3
-            assert greedy == bool((p.argmax(-1) == want).all())
-            depths += out.depth[0].tolist()
-        assert lm.spent[:2] == [len(depths), sum(depths)] and (max_iter == 1 or len(set(depths)) > 1)
-        alone = lm.loglikelihood(ask('loglikelihood', pairs[:1]), disable_tqdm=True)[0][0]
-        assert alone == pytest.approx(got[0][0], abs=1e-3)
-        texts = lm.generate_until(ask('generate_until', until))
-        for (context, g), text in zip(until, texts):
-            x = torch.tensor([enc.encode_ordinary(context)])
-            tokens = model.generate(x, g['max_gen_toks'], temperature=0, tau=tau, max_iter=max_iter)[0, x.size(1):].tolist()
-            plain = enc.decode([t for t in tokens if t < enc.n_vocab])
-            assert text == min((plain.split(w)[0] for w in g['until']), key=len, default=plain)
-    try:
-        from lm_eval.models.huggingface import HFLM
-    except ImportError:
-        return  # lm-eval's own model needs accelerate
-    theirs = HFLM(pretrained=str(tmp_path / 'hf'), dtype='float32', device='cpu', batch_size=2)
-    for a, b in zip(got, theirs.loglikelihood(ask('loglikelihood', pairs), disable_tqdm=True)):
-        assert abs(a[0] - b[0]) < 1e-3 and a[1] == b[1]
-    mine = lm.loglikelihood_rolling(ask('loglikelihood_rolling', rolling))
-    assert mine == pytest.approx(theirs.loglikelihood_rolling(ask('loglikelihood_rolling', rolling), disable_tqdm=True), rel=1e-5)
-    assert texts == theirs.generate_until(ask('generate_until', until), disable_tqdm=True)
+def test_what_is_missing_is_named(tmp_path, monkeypatch):
+    prepare, out = prepare_data.prepare, tmp_path / 'out'
+    refuses(lambda: prepare([tmp_path / 'no*'], out), 'give files, folders, globs')
+    for name, module in (('x.zst', 'pyarrow'), ('x.parquet', 'pyarrow'), ('hf:x', 'datasets')):
+        monkeypatch.setitem(sys.modules, module, None)
+        monkeypatch.setitem(sys.modules, f'{module}.parquet', None)
+        (tmp_path / name).write_bytes(b'')
+        refuses(lambda: prepare([name if module == 'datasets' else tmp_path / name], out), f'pip install {module}')
+    write_files(tmp_path, {'x.txt': 'some text', 'file': ''})
+    refuses(lambda: prepare([tmp_path / 'x.txt'], tmp_path / 'file'), 'cannot be made a folder')
+    with monkeypatch.context() as m:
+        m.setattr(prepare_data.urllib.request, 'urlopen', fails(urllib.error.URLError('no network')))
+        refuses(lambda: prepare(['shakespeare'], out), 'could not be downloaded')
+        m.setattr(prepare_data.urllib.request, 'urlopen', lambda url, timeout: io.BytesIO(b'To be, or not to be'))
+        prepare(['shakespeare'], out)
+        assert split_texts(out, 'train') == ['To be, or not to b'] and (out / 'input.txt').is_file()
+    with monkeypatch.context() as m:
+        m.setattr(tiktoken, 'get_encoding', fails(ConnectionError()))
+        refuses(lambda: prepare([tmp_path / 'x.txt'], out, 'gpt2'), 'could not download gpt2 (ConnectionError)')
+    with monkeypatch.context() as m:
+        m.setattr(prepare_data.TokenFiles, 'write', fails(OSError(28, 'No space left on device')))
+        with pytest.raises(OSError):
+            prepare([tmp_path / 'x.txt'], tmp_path / 'out2')
+        assert not (tmp_path / 'out2').exists()
 
 
-def test_curves(tmp_path, capsys):
-    for name, loss in (('a', 2.5), ('b', 3.5)):
-        records = [dict(step=s, tokens=100 * s, loss=loss / s, depth=4.0, gate_mean=[0.9, 0.8] if s > 1 else []) for s in (1, 2)]
-        records.append(dict(step=2, val_loss=loss, val_depth=3.0))
-        (tmp_path / name).mkdir()
-        text = ''.join(json.dumps(r) + '\n' for r in records) + '[1]\n{"no": "step"}\n{"step": 3, "lo'  # killed while writing
-        (tmp_path / name / 'log.jsonl').write_text(text, encoding='utf-8')
-    got, text = run_bench(capsys, 'curves', tmp_path / 'a', tmp_path / 'b', '--out', tmp_path / 'c.png', '--json', tmp_path / 'c.json')
-    assert got['runs'][str(tmp_path / 'b')]['loss'] == [[1, 3.5], [2, 1.75]]
-    assert got['runs'][str(tmp_path / 'a')]['gate_mean'] == [[2, [0.9, 0.8]]]
-    line = next(t for t in text.splitlines() if str(tmp_path / 'a') in t)
-    assert [c.strip() for c in line.split('|')[2:7]] == ['200', '1.2500', '2.5000', '4.00', '3.00']
+def test_data_and_its_tokenizer_belong_together(tmp_path):
+    path = write_ranks(tmp_path / 't.tiktoken', small_ranks())
+    write_files(tmp_path, {'x.txt': 'the theory in the inner ether'})
+    out = tmp_path / 'out'
+    meta = prepare_data.prepare([tmp_path / 'x.txt'], out, path)
+    assert meta == json.loads((out / 'meta.json').read_text()) and meta['source'] == [str(tmp_path / 'x.txt')]
+    assert meta['tokenizer_sha256'] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (meta['vocab_size'], meta['eot'], meta['dtype']) == (273, 272, 'uint16')
+    path.unlink()
+    assert prepare_data.load_tokenizer(meta, out).encode_ordinary(' the') == [258]
+    prepare_data.prepare([tmp_path / 'x.txt'], out, out / 'tokenizer.tiktoken')  # its own copy
+    write_ranks(out / 'tokenizer.tiktoken', {t: i for t, i in small_ranks().items() if i < 260})
+    refuses(lambda: prepare_data.load_tokenizer(meta, out), 'is not the one')
+    (out / 'tokenizer.tiktoken').unlink()
+    refuses(lambda: prepare_data.load_tokenizer(meta, out), 'no tokenizer file')
+    meta = prepare_data.prepare([tmp_path / 'x.txt'], tmp_path / 'bytes')
+    refuses(lambda: prepare_data.load_tokenizer({**meta, 'tokenizer_sha256': '0'}), 'is not the one')
+    for key in ('tokenizer', 'tokenizer_sha256'):
+        refuses(lambda: prepare_data.load_tokenizer({k: v for k, v in meta.items() if k != key}, out), 'meta.json')
 
 
-@pytest.mark.parametrize('command, word', [
-    ('ppl --ckpt none.pt', 'no checkpoint at'), ('ppl --ckpt a.pt --data .', 'no data in'), ('ppl --ckpt a.pt --others a.pt', 'NAME=CKPT'),
-    ('ppl --ckpt a.pt --others fixed=o.pt', 'cannot be compared'), ('ppl --ckpt a.pt --data bad', 'not written by'),
-    ('ppl --ckpt a.pt --eval_tokens -5', 'must be'), ('ppl --ckpt a.pt --save 2', 'must be'), ('ppl --ckpt a.pt --save nan', 'must be'),
-    ('ppl --ckpt a.pt --device gpu', 'device'), ('ppl --ckpt a.pt --json .', 'folder'), ('ppl --ckpt a.pt --json no/x.json', 'cannot'),
-    ('results junk.json', 'junk.json'), ('results half.json', 'half.json'), ('results list.json', 'list.json'),
-    ('results junk.json --out junk.json', 'junk.json'), ('flops', 'give --config or --ckpt'), ('flops --config e.py', 'takes its shape from'),
-    ('flops --config c.py --context -5', 'must be'), ('speed --ckpt v.pt', 'n_iter > 1'), ('speed --config c.py --length 999', 'block_size'),
-    ('speed --config c.py --ckpt a.pt', 'give --config or --ckpt'), ('plan --config c.py --gpu abacus', 'abacus'),
-    ('plan --config c.py --mfu 2', 'must be'), ('plan --config c.py --set n_embd=65', 'n_embd'), ('curves .', 'no log at'),
-    ('curves . --out junk.json/x.png', 'junk.json')])
-def test_bench_refuses_nonsense(command, word, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    for name, kw in (('a.pt', {}), ('o.pt', dict(block_size=16)), ('v.pt', dict(n_iter=1))):
-        bench_run(tmp_path, name, tiny(torch.float32, **kw))
-    (tmp_path / 'bad').mkdir()
-    for name, text in (('junk.json', '{"a": 1}'), ('half.json', '{"group": "g", "rows": [{}]}'), ('list.json', '[1]'),
-                       ('bad/meta.json', '{"dtype": "uint16"}')):
-        (tmp_path / name).write_text(text, encoding='utf-8')
-    shape_file(tmp_path / 'c.py')
-    shape_file(tmp_path / 'e.py', init_from='some/folder')
-    with pytest.raises((ValueError, OSError, SystemExit)) as e:  # argparse says its own
-        bench.main(command.split())
-    assert word in (capsys.readouterr().err if isinstance(e.value, SystemExit) else str(e.value))
+@pytest.mark.parametrize('args, out', [
+    ((), 'stdlib'), (('shakespeare',), 'shakespeare'), (('a/my.corpus.jsonl.gz', 'b'), 'my'),
+    (('corpus/*.txt',), 'corpus'), (('hf:org/set:en',), 'set'), (('~/.notes/',), 'notes')])
+def test_prepare_command_line(monkeypatch, args, out):
+    called = []
+    monkeypatch.setattr(prepare_data, 'prepare', lambda *a: called.append(a))
+    prepare_data.main([*args])
+    flags = '--out o --tokenizer t --val_fraction 0.1 --shard_tokens 1e9 --shard 1/2 --workers 3'
+    prepare_data.main([*args, *flags.split()])
+    sources = list(args) or ['stdlib']
+    assert called == [(sources, f'data/{out}', 'bytes', 0.02, 0, None, None), (sources, 'o', 't', 0.1, 1e9, '1/2', 3)]
+
+
+def test_standard_library_is_the_default(tmp_path):
+    meta = prepare_data.prepare(out=tmp_path / 'out')
+    assert meta['source'] == ['stdlib'] and meta['train']['documents'] > 300
+    assert meta['train']['bytes'] > 5e6 and meta['val']['documents'] > 3
+    assert any('import ' in t for t in split_texts(tmp_path / 'out', 'val'))
 
 
 # train.py

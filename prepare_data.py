@@ -6,7 +6,7 @@ Text in, token files out.
     python prepare_data.py PATH ... --tokenizer gpt2          files, folders, globs -> data/NAME
     python prepare_data.py pile/*.jsonl.zst --tokenizer tokenizer.json --out data/pile --shard_tokens 1e9 --shard 0/64
 
-A text or source file is one document (one of over four million characters: several, cut at the ends of lines). A
+A text or source file is one document (one of over two million characters: several, cut at the ends of lines). A
 .jsonl file has one document a line and a .parquet file one a row, in the field "text". All but Parquet may be packed as
 .gz or .zst. Of a folder, hidden files, caches and installed packages are left out, and files that are not text in UTF-8
 are skipped and counted.
@@ -47,8 +47,8 @@ EOT = '<|endoftext|>'
 SPLITS = ('train', 'val')
 SHAKESPEARE = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 LEFT_OUT = ('__pycache__', 'site-packages', 'dist-packages')  # folders that are not searched
-LONGEST = 2**22  # characters of a document: a longer text counts as several, so that memory stays bounded
-BATCH = 2**23    # characters that are encoded together, in threads
+LONGEST = 2**21  # characters of a document: a longer text counts as several, so that memory stays bounded
+BATCH = 2**22    # characters that are encoded together, in threads
 SAVE_EVERY = 10  # seconds of work that an interruption may cost
 
 

@@ -289,7 +289,7 @@ def find_inputs(sources, out):
             names = [path] if os.path.isfile(path) else glob.glob(path, recursive=True)
             files = [Path(name) for name in names if os.path.isfile(name)]
         if not files:
-            raise UsageError(f'no files found for {source!r}: give files, folders, globs, stdlib, shakespeare or hf:NAME')
+            raise UsageError(f'no files found for {source!r}: give files, folders, globs, stdlib, shakespeare, hf:NAME')
         for file in sorted(files):
             named = not in_folder or (file in inputs and inputs[file][1])
             inputs[file] = (file, named, file.stat().st_size, file.stat().st_mtime_ns)
@@ -310,13 +310,15 @@ def walk(folder, out):
 
 def download_shakespeare(out):
     path = out / 'input.txt'
-    if not path.is_file():
-        out.mkdir(parents=True, exist_ok=True)
-        try:
-            with urllib.request.urlopen(SHAKESPEARE, timeout=30) as response:
-                write_beside(path, response.read())
-        except Exception as e:  # urllib lets through those of http and ssl too
-            raise UsageError(f'shakespeare could not be downloaded ({e}): without a network give stdlib, or text files')
+    if path.is_file():
+        return path
+    try:
+        with urllib.request.urlopen(SHAKESPEARE, timeout=30) as response:
+            text = response.read()
+    except Exception as e:  # urllib lets through those of http and ssl too
+        raise UsageError(f'shakespeare could not be downloaded ({e}): without a network give stdlib, or text files')
+    out.mkdir(parents=True, exist_ok=True)
+    write_beside(path, text)
     return path
 
 

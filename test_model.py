@@ -1573,6 +1573,7 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(prepare_data.urllib.request, 'urlopen', fails(urllib.error.URLError('no network')))
         refuses(lambda: prepare(['shakespeare'], out), 'could not be downloaded')
+        assert not out.exists()
         m.setattr(prepare_data.urllib.request, 'urlopen', lambda url, timeout: io.BytesIO(b'To be, or not to be'))
         prepare(['shakespeare'], out)
         assert split_texts(out, 'train') == ['To be, or not to b'] and (out / 'input.txt').is_file()

@@ -13,7 +13,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import random
 import re
 import shutil

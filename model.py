@@ -600,106 +600,112 @@ class AdaPonderLM(nn.Module):
     def from_checkpoint(cls, path, map_location='cpu'):
         """The model in a ckpt.pt of train.py. Raises FileNotFoundError or ValueError with a sentence."""
         model = cls.from_state(load_checkpoint(path, map_location), path)
-        names = ('meta.json', 'tokenizer.json', 'tokenizer.tiktoken')
-        model.tokenizer_files = [f for f in (Path(path).parent / name for name in names) if f.is_file()]
+        model.tokenizer_files = [f for f in (Path(path).parent / name for name in TOKENIZER_FILES) if f.is_file()]
         return model
 
     @classmethod
-    def from_state(cls, state, path='checkpoint'):
+    def from_state(cls, state, path='the checkpoint'):
         """The model in what load_checkpoint() returned."""
         try:
-            cfg = AdaPonderConfig(**state['config'])
             with torch.device('meta'):
-                model = cls(cfg)
+                model = cls(AdaPonderConfig(**state['config']))
             model.load_state_dict(state['model'], assign=True)
-        except (TypeError, RuntimeError) as e:  # another field, another tensor
-            raise ValueError(f'{path} is of another version of this project: {first_line(e)}') from None
+        except (TypeError, RuntimeError) as e:  # a field or a tensor that this version does not have
+            raise ValueError(f'{path} is of another version of this project ({first_line(e)})') from None
         return model
 
     @classmethod
     def from_pretrained(cls, path, n_iter=None, dtype=torch.float32, **overrides):
         """A GPT-NeoX model as Hugging Face keeps it: Pythia, PonderPythia, or what save_pretrained() wrote.
 
-        path: a folder or a hub name, read by transformers. n_iter: default what its config says, else 4. overrides: fields
-        of AdaPonderConfig. Gates that it does not have start open. Raises ValueError that names what does not fit.
+        path: a folder or a hub name, for transformers to read. n_iter: default what config.json says, else 4. overrides:
+        fields of AdaPonderConfig. Gates that are not there start open. Raises ValueError naming what does not fit.
         """
+        load_file, cached_file, GPTNeoXConfig, GPTNeoXForCausalLM = import_transformers()
         try:
-            from safetensors.torch import load_file
-            from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-            from transformers.utils import cached_file
-        except ImportError:
-            raise ValueError('a Hugging Face model needs these: pip install transformers safetensors') from None
-        path = str(Path(path).expanduser()) if Path(path).expanduser().exists() else str(path)
-        try:
-            hf_config, rest = GPTNeoXConfig.from_pretrained(path, return_unused_kwargs=True)
-            cfg = config_from_hf(hf_config.to_dict(), n_iter, overrides)
-            hf, info = GPTNeoXForCausalLM.from_pretrained(path, config=hf_config, dtype=dtype, output_loading_info=True)
+            path = str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else str(path)
+            hf = json.loads(Path(cached_file(path, 'config.json')).read_text(encoding='utf-8'))
+            cfg = config_from_hf(hf, n_iter, overrides)
+            pretrained, info = GPTNeoXForCausalLM.from_pretrained(
+                path, config=GPTNeoXConfig(**hf), dtype=dtype, output_loading_info=True,
+                ignore_mismatched_sizes=True)  # named below
             beside = {name: cached_file(path, name, _raise_exceptions_for_missing_entries=False)
-                      for name in ('gates.safetensors', 'meta.json', 'tokenizer.json', 'tokenizer.tiktoken')}
-            own = load_file(beside['gates.safetensors']) if beside['gates.safetensors'] else {}
-        except ValueError:
-            raise
-        except Exception as e:  # of transformers, safetensors, the hub, the cache: each has its own
-            raise ValueError(f'{path} cannot be loaded as a GPT-NeoX model: {first_line(e)}') from None
-        odd = [n for n in info['unexpected_keys'] if 'adapter.weight' not in n]  # PonderLM keeps one and does not use it
-        odd += list(info['missing_keys']) + [str(n) for n in info['mismatched_keys']]
+                      for name in ('gates.safetensors', *TOKENIZER_FILES)}
+            gates = beside.pop('gates.safetensors')
+            own = load_file(gates) if gates else {}
+        except Exception as e:  # of the network, of the hub, of torch, of safetensors: each has its own
+            raise ValueError(f'{path} cannot be loaded as a GPT-NeoX model ({first_line(e)})') from None
         with torch.device('meta'):
             model = cls(cfg).to(dtype)
         model.to_empty(device='cpu').init_weights(OWN_TENSORS)
-        if not cfg.halting:
-            own = {n: t for n, t in own.items() if not n.startswith('gates.')}
-        state = {hf_to_ours(n): t for n, t in hf.state_dict().items()} | {n: t.to(dtype) for n, t in own.items()}
         expected = model.state_dict()
+        state = {hf_to_ours(n): t for n, t in pretrained.state_dict().items()}
+        state |= {n: t.to(dtype) for n, t in own.items() if cfg.halting or not n.startswith('gates.')}
+
+        # PonderLM keeps an adapter that it does not use; a gate that is there must be there whole
+        odd = [n for n in info['unexpected_keys'] if 'adapter.weight' not in n]
+        odd += [*info['missing_keys'], *info['mismatched_keys']]
         odd += [n for n, t in state.items() if n not in expected or t.shape != expected[n].shape]
+        modules = {n.rsplit('.', 2)[0] for n in state}
+        odd += [n for n in expected if n not in state and n.rsplit('.', 2)[0] in modules]
         if odd:
-            raise ValueError(f'{path} does not fit this model: {", ".join(map(str, odd[:3]))}')
+            raise ValueError(f'{path} does not fit this model: see its tensors {", ".join(map(str, odd[:3]))}')
         model.load_state_dict(state, strict=False, assign=True)
-        model.tokenizer_files = [Path(f) for name, f in beside.items() if f and name != 'gates.safetensors']
+        model.tokenizer_files = [Path(file) for file in beside.values() if file]
         return model
 
     def save_pretrained(self, path):
-        """Write a folder that from_pretrained() reads back whole, and transformers as GPTNeoXForCausalLM.
+        """Write a folder that from_pretrained() reads back whole, and that transformers loads as GPTNeoXForCausalLM.
 
-        Gates and ln_ponder lie in gates.safetensors beside the weights, and the tokenizer that the model came with.
-        transformers runs one iteration and does not scale embeddings: this model's function at n_iter=1, scale_embeds=False.
+        Gates and ln_ponder lie in gates.safetensors beside the weights, with the tokenizer that the model came with.
+        transformers runs one iteration and does not scale embeddings: this model at n_iter=1, scale_embeds=False.
         """
+        _, _, GPTNeoXConfig, GPTNeoXForCausalLM = import_transformers()
         from safetensors.torch import save_file
-        from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-        cfg, path = self.cfg, Path(path).expanduser()
-        hf_config = GPTNeoXConfig(
-            **{theirs: getattr(cfg, ours) for ours, theirs in HF_CONFIG.items()}, intermediate_size=4 * cfg.n_embd,
-            rope_parameters=dict(rope_type='default', rope_theta=cfg.rotary_base, partial_rotary_factor=cfg.rotary_pct),
-            rotary_pct=cfg.rotary_pct, rotary_emb_base=cfg.rotary_base, hidden_act='gelu', use_parallel_residual=True,
-            tie_word_embeddings=False, bos_token_id=0, eos_token_id=0, ponderinglm=cfg.n_iter > 1,
-            pondering_steps=cfg.n_iter - 1, scale_embeds=cfg.scale_embeds,
-            mutiply_pondering_steps=cfg.multiply_pondering_steps, adaponder=asdict(cfg))
+        cfg, path, state = self.cfg, Path(path).expanduser(), self.state_dict()
+        rope = dict(rope_type='default', rope_theta=cfg.rotary_base, partial_rotary_factor=cfg.rotary_pct)
         with torch.device('meta'):
-            hf = GPTNeoXForCausalLM(hf_config)
-        state = self.state_dict()
+            hf = GPTNeoXForCausalLM(GPTNeoXConfig(
+                **{theirs: getattr(cfg, ours) for ours, theirs in HF_CONFIG.items()}, intermediate_size=4 * cfg.n_embd,
+                rope_parameters=rope, rotary_pct=cfg.rotary_pct, rotary_emb_base=cfg.rotary_base, hidden_act='gelu',
+                use_parallel_residual=True, tie_word_embeddings=False, bos_token_id=0, eos_token_id=0,
+                dtype=self.embed.weight.dtype, ponderinglm=cfg.n_iter > 1, pondering_steps=cfg.n_iter - 1,
+                scale_embeds=cfg.scale_embeds, mutiply_pondering_steps=cfg.multiply_pondering_steps, adaponder=asdict(cfg)))
         hf.load_state_dict({n: state[hf_to_ours(n)] for n in hf.state_dict()}, assign=True)
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as beside:  # written beside, then moved: a failure leaves path whole
+        with tempfile.TemporaryDirectory(dir=path) as beside:  # written beside, then moved: a failure changes nothing
             hf.save_pretrained(beside)
-            if own := {n: t.contiguous() for n, t in state.items() if n.startswith(OWN_TENSORS)}:
+            own = {n: t.contiguous() for n, t in state.items() if n.startswith(OWN_TENSORS)}
+            if own:
                 save_file(own, f'{beside}/gates.safetensors')
             for file in self.tokenizer_files:
-                shutil.copyfile(file, f'{beside}/{Path(file).name}')
-            for pattern in ('*.safetensors*', 'pytorch_model*'):
-                for old in path.glob(pattern):  # an earlier save's would be read in place of these
-                    old.unlink()
+                shutil.copyfile(file, f'{beside}/{file.name}')
+            for old in [*path.glob('*.safetensors*'), *path.glob('pytorch_model*')]:
+                old.unlink()  # an earlier save's would be read in place of these
             for file in Path(beside).iterdir():
                 os.replace(file, path / file.name)
 
 
 # Hugging Face's names of our settings and tensors; the layouts are the same, fused QKV included
-
 OWN_TENSORS = ('gates.', 'ln_ponder.')  # tensors that GPT-NeoX does not have
+TOKENIZER_FILES = ('meta.json', 'tokenizer.json', 'tokenizer.tiktoken')
 HF_CONFIG = dict(vocab_size='vocab_size', block_size='max_position_embeddings', n_layer='num_hidden_layers',
                  n_head='num_attention_heads', n_embd='hidden_size', norm_eps='layer_norm_eps')
-HF_NAMES = {'gpt_neox.embed_in.': 'embed.', 'embed_out.': 'unembed.', 'lm_head.': 'unembed.', 'gpt_neox.final_layer_norm.': 'ln_f.',
-            'gpt_neox.layers.': 'blocks.', '.input_layernorm.': '.ln_1.', '.post_attention_layernorm.': '.ln_2.',
-            '.attention.query_key_value.': '.attn.qkv.', '.attention.dense.': '.attn.proj.',
-            '.mlp.dense_h_to_4h.': '.mlp.fc.', '.mlp.dense_4h_to_h.': '.mlp.proj.'}
+HF_NAMES = {
+    'gpt_neox.embed_in.': 'embed.', 'gpt_neox.layers.': 'blocks.', 'gpt_neox.final_layer_norm.': 'ln_f.',
+    'embed_out.': 'unembed.', 'lm_head.': 'unembed.', '.input_layernorm.': '.ln_1.', '.post_attention_layernorm.': '.ln_2.',
+    '.attention.query_key_value.': '.attn.qkv.', '.attention.dense.': '.attn.proj.',
+    '.mlp.dense_h_to_4h.': '.mlp.fc.', '.mlp.dense_4h_to_h.': '.mlp.proj.'}
+
+
+def import_transformers():
+    try:
+        from safetensors.torch import load_file
+        from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+        from transformers.utils import cached_file
+    except ImportError:
+        raise ValueError('Hugging Face folders need two more packages: pip install transformers safetensors') from None
+    return load_file, cached_file, GPTNeoXConfig, GPTNeoXForCausalLM
 
 
 def hf_to_ours(name):
@@ -710,34 +716,36 @@ def hf_to_ours(name):
 
 
 def config_from_hf(hf, n_iter=None, overrides={}):
-    """AdaPonderConfig from the dict in a config.json. Refuses by name what this model cannot represent."""
-    need = dict(model_type='gpt_neox', use_parallel_residual=True, hidden_act='gelu', tie_word_embeddings=False,
-                attention_bias=True, intermediate_size=4 * hf['hidden_size'], quantization_config=None)
+    """AdaPonderConfig from the dict in a config.json. Raises ValueError naming what this model cannot represent."""
+    lacking = [name for name in ('model_type', *HF_CONFIG.values()) if name not in hf and name != 'layer_norm_eps']
+    if lacking:
+        raise ValueError(f'config.json lacks {", ".join(lacking)}')
+    need = dict(use_parallel_residual=True, hidden_act='gelu', tie_word_embeddings=False, attention_bias=True,
+                intermediate_size=4 * hf['hidden_size'], quantization_config=None)
+    if 'neox' not in hf['model_type']:
+        need['model_type'] = 'gpt_neox'
     for name, value in need.items():
         if hf.get(name, value) != value:
             raise ValueError(f'config.json has {name} = {hf[name]!r}, and this model can only be {value!r}')
-    rope = hf.get('rope_parameters') or hf.get('rope_scaling') or {}  # transformers 5; before, rope_scaling
+    rope = hf.get('rope_parameters') or hf.get('rope_scaling') or {}  # as transformers 5 has it, and as 4 has it
     if rope.get('rope_type', rope.get('type', 'default')) != 'default':
         raise ValueError(f'config.json has rope scaling {rope}, which this model does not have')
-    own = {ours: hf[theirs] for ours, theirs in HF_CONFIG.items()}
+    own = {ours: hf[theirs] for ours, theirs in HF_CONFIG.items() if theirs in hf}
     own['rotary_pct'] = rope.get('partial_rotary_factor', hf.get('rotary_pct', 0.25))
     own['rotary_base'] = rope.get('rope_theta', hf.get('rotary_emb_base', 10000))
-    if 'ponderinglm' in hf:  # PonderLM's keys; a vanilla Pythia has none, and is given AdaPonderConfig's n_iter
+    if 'ponderinglm' in hf:  # PonderLM's keys
         own['n_iter'] = hf.get('pondering_steps', 0) + 1 if hf['ponderinglm'] else 1
     own['scale_embeds'] = bool(hf.get('scale_embeds', False))
     own['multiply_pondering_steps'] = bool(hf.get('mutiply_pondering_steps', False))  # their spelling
     own.update(hf.get('adaponder', {}), **overrides)
     if n_iter is not None:
         own['n_iter'] = n_iter
-    try:
-        return AdaPonderConfig(**own)
-    except TypeError as e:  # a field of a later version, or a typing error in overrides
-        raise ValueError(f'config.json: {e}') from None
+    return AdaPonderConfig(**own)
 
 
 def first_line(error):
-    """One sentence of an exception: libraries like to add advice of many lines."""
-    return f'{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ""}'
+    """An exception in one line: libraries like to add advice of many."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def load_checkpoint(path, map_location='cpu'):

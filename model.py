@@ -481,7 +481,7 @@ class AdaPonderLM(nn.Module):
         Raises ValueError for a sequence that is too long and for an unknown execution.
         """
         if not 1 <= idx.size(1) <= self.cfg.block_size:
-            raise ValueError(f'a sequence of {idx.size(1)} tokens: this model takes 1 to {self.cfg.block_size} (block_size)')
+            raise ValueError(f'{idx.size(1)} tokens in a sequence: this model takes 1 to block_size = {self.cfg.block_size}')
         if execution not in ('dense', 'packed'):
             raise ValueError(f"execution must be 'dense' or 'packed', not {execution!r}")
         self.check_max_iter(max_iter)
@@ -554,7 +554,7 @@ class AdaPonderLM(nn.Module):
         return w.new_zeros(2, cfg.n_layer, slots, cfg.n_iter, cfg.n_head, length, cfg.head_size)
 
     def fill_cache(self, cache, i, kvs):
-        """Put K and V of prompts, two (B, T, nh, hs) a layer, into iteration i, and for tokens that halt into later ones."""
+        """Put K and V of prompts, two (B, T, nh, hs) a layer, into iteration i, and, lest they halt, into later ones."""
         for layer, kv in zip(cache.unbind(1), kvs):
             for part, x in zip(layer, kv):
                 part[:, i:, :, :x.size(1)] = x.transpose(1, 2)[:, None]
@@ -701,7 +701,8 @@ HF_CONFIG = dict(vocab_size='vocab_size', block_size='max_position_embeddings', 
 HF_NAMES = {
     'gpt_neox.embed_in.': 'embed.', 'gpt_neox.layers.': 'blocks.', 'gpt_neox.final_layer_norm.': 'ln_f.',
     'embed_out.': 'unembed.', 'lm_head.': 'unembed.',
-    '.input_layernorm.': '.ln_1.', '.post_attention_layernorm.': '.ln_2.', '.attention.query_key_value.': '.attn.qkv.', '.attention.dense.': '.attn.proj.',
+    '.input_layernorm.': '.ln_1.', '.post_attention_layernorm.': '.ln_2.',
+    '.attention.query_key_value.': '.attn.qkv.', '.attention.dense.': '.attn.proj.',
     '.mlp.dense_h_to_4h.': '.mlp.fc.', '.mlp.dense_4h_to_h.': '.mlp.proj.'}
 
 
@@ -803,7 +804,7 @@ def hash_uniform(row, pos, salt=0):
 
 
 class HaltingSchedule:
-    """When the gates of a model begin to act in training, and how much they halt. A training loop calls it twice a step:
+    """When the gates of a model begin to act in training, and how much they halt. Called twice in a training step:
 
         out = model(x, y, **schedule.at(step))
         ...

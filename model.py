@@ -481,7 +481,7 @@ class AdaPonderLM(nn.Module):
         Raises ValueError for a sequence that is too long and for an unknown execution.
         """
         if not 1 <= idx.size(1) <= self.cfg.block_size:
-            raise ValueError(f'{idx.size(1)} tokens in a sequence: this model takes 1 to block_size = {self.cfg.block_size}')
+            raise ValueError(f'{idx.size(1)} tokens in a sequence; this model takes 1 to block_size, {self.cfg.block_size}')
         if execution not in ('dense', 'packed'):
             raise ValueError(f"execution must be 'dense' or 'packed', not {execution!r}")
         self.check_max_iter(max_iter)
@@ -554,7 +554,7 @@ class AdaPonderLM(nn.Module):
         return w.new_zeros(2, cfg.n_layer, slots, cfg.n_iter, cfg.n_head, length, cfg.head_size)
 
     def fill_cache(self, cache, i, kvs):
-        """Put K and V of prompts, two (B, T, nh, hs) a layer, into iteration i, and, lest they halt, into later ones."""
+        """Put K and V of prompts, two (B, T, nh, hs) a layer, into iteration i and, lest they halt, the later ones."""
         for layer, kv in zip(cache.unbind(1), kvs):
             for part, x in zip(layer, kv):
                 part[:, i:, :, :x.size(1)] = x.transpose(1, 2)[:, None]

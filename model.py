@@ -481,7 +481,7 @@ class AdaPonderLM(nn.Module):
         Raises ValueError for a sequence that is too long and for an unknown execution.
         """
         if not 1 <= idx.size(1) <= self.cfg.block_size:
-            raise ValueError(f'{idx.size(1)} tokens in a sequence; this model takes 1 to block_size, {self.cfg.block_size}')
+            raise ValueError(f'{idx.size(1)} tokens in a sequence: this model takes 1 to {self.cfg.block_size}')
         if execution not in ('dense', 'packed'):
             raise ValueError(f"execution must be 'dense' or 'packed', not {execution!r}")
         self.check_max_iter(max_iter)

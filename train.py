@@ -608,7 +608,7 @@ def start_wandb(cfg, run_id):
 
 
 def train(cfg):
-    """The whole training. Returns the exit code: 0; 1 if it gave up or could not save; 128 + a signal that stopped it."""
+    """The whole training. Returns the exit code: 0, 1 if it gave up or could not save, 128 + a signal that came."""
     # processes, as torchrun describes them, and the device
     world, rank, local_rank = (int(os.environ.get(*v)) for v in (('WORLD_SIZE', 1), ('RANK', 0), ('LOCAL_RANK', 0)))
     master = rank == 0

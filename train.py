@@ -18,6 +18,7 @@ if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports ends quietly
 
 import difflib
+import gc
 import hashlib
 import inspect
 import json
@@ -851,6 +852,7 @@ def train(cfg):
 def end_processes():
     """Leave the process group: its threads, if they outlive the interpreter, may abort and spoil the exit code."""
     if dist.is_available() and dist.is_initialized():
+        gc.collect()  # DDP lies in reference cycles and holds the group
         dist.destroy_process_group()
 
 

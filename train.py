@@ -284,7 +284,7 @@ def bfloat16_slowdown():
 
 def load_meta(folder):
     """The meta.json that prepare_data.py wrote, a dict; UsageError where a key is missing that training needs."""
-    path = folder / 'meta.json'
+    path = Path(folder) / 'meta.json'
     try:
         meta = json.loads(path.read_text(encoding='utf-8'))
         np.dtype(meta['dtype']), meta['vocab_size'] + 0, meta['tokenizer'], meta['tokenizer_sha256']

@@ -35,14 +35,13 @@ from tqdm import tqdm
 
 from model import AdaPonderLM, check_sampling, load_checkpoint, rope_table, sample
 from prepare_data import EOT, UsageError, check_writable, command_line, load_tokenizer, write_beside
-from train import get_device
 
 
 # -----------------------------------------------------------------------------
 # The batch engine
 
 class Step(NamedTuple):
-    """One generated token. depth and gates are of the position that predicted it: what was spent on finding this token."""
+    """One generated token. depth and gates are what was spent on predicting it."""
     seq: int      # index of the prompt that it continues
     token: int
     depth: int    # iterations, 1 .. n_iter
@@ -116,7 +115,7 @@ class Engine:
             slot.pos, slot.it, slot.gates = slot.pos + 1, 0, []
 
     def step(self, active):
-        """One iteration of each active slot's token. Returns the slots whose tokens halted and their logits (N, vocab)."""
+        """One iteration of each slot's token. Returns the slots whose tokens halted and their logits (N, vocab)."""
         if not active:
             return [], []
         model = self.model
@@ -439,15 +438,13 @@ def load(ckpt, tokenizer, dtype):
 
 def find_tokenizer(name, folder, meta):
     """The tokenizer that a model was trained with. name: a file that holds it. meta: of meta.json, or None."""
-    if name and not os.path.isfile(os.path.expanduser(name)):
-        return load_tokenizer(name)
-    path = Path(os.path.expanduser(name)) if name else folder / 'tokenizer.json'
     if meta is None:
-        return load_tokenizer(path)
-    try:
-        return load_tokenizer({**meta, 'tokenizer': str(path)} if name else meta, '' if name else folder)
-    except (KeyError, TypeError):
-        raise UsageError(f'{folder} does not say which tokenizer its model was trained with') from None
+        return load_tokenizer(os.path.expanduser(name) if name else folder / 'tokenizer.json')
+    if not isinstance(meta, dict) or not {'tokenizer', 'tokenizer_sha256'} <= meta.keys():
+        raise UsageError(f'{folder} does not say which tokenizer its model was trained with')
+    if name:  # checked to be the same
+        return load_tokenizer({**meta, 'tokenizer': os.path.expanduser(name)})
+    return load_tokenizer(meta, folder)
 
 
 def read_text(path):
@@ -522,13 +519,14 @@ def run_batch(a, model, enc, stop):
             data = b''.join(token_bytes(enc, step.token) for step in made[n] if step.token != stop)
             depth = sum(step.depth for step in made[n]) / len(made[n]) if made[n] else None
             result = {**job, 'completion': data.decode(errors='replace'), 'tokens': len(made[n]), 'mean_depth': depth}
-            lines.append(json.dumps(result, ensure_ascii=False) + '\n')
+            line = json.dumps(result, ensure_ascii=False)
+            lines.append(line.encode('utf-8', 'backslashreplace').decode())  # half of a surrogate pair, escaped, is JSON too
             if not a.out:
-                bar.clear()
-                print(lines[-1], end='', flush=True)
+                tqdm.write(lines[-1], file=sys.stdout)
+                sys.stdout.flush()
     seconds = time.perf_counter() - start
-    if a.out:  # half of a surrogate pair can only be escaped, which is JSON too
-        write_beside(a.out, ''.join(lines).encode('utf-8', 'backslashreplace'))
+    if a.out:
+        write_beside(a.out, ''.join(line + '\n' for line in lines).encode())
     return [(len(tokens), steps) for tokens, steps in zip(prompts, made)], seconds
 
 
@@ -622,6 +620,7 @@ def parse(argv):
 @torch.inference_mode()
 def main(argv=None):
     a = parse(argv)
+    from train import get_device  # here, because importing train takes a second, and only the command needs it
     device = get_device(a.device)
     model, enc = load(a.ckpt, a.tokenizer, getattr(torch, a.dtype))
     model = model.to(device).eval()

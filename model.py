@@ -377,9 +377,13 @@ class AdaPonderLM(nn.Module):
 
     def expect(self, h):
         """softmax(h U^T) V, the expected embedding of the next token. h: (N, d) -> (N, d)."""
-        logits, V = self.few_logits(h), self.embed.weight
+        return self.expected_row(self.few_logits(h))
+
+    def expected_row(self, logits):
+        """softmax(logits) V. logits: (N, vocab) -> (N, d)."""
         P = F.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32)).to(logits.dtype)
-        if self.few(h):
+        V = self.embed.weight
+        if self.few(P):
             return torch.bmm(P.unflatten(1, (8, -1)).transpose(0, 1), V.unflatten(0, (8, -1))).sum(0)
         return P @ V
 
@@ -768,7 +772,8 @@ def sample(logits, u, temperature=1.0, top_k=None, top_p=None):
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0, so no temperature overflows
+    # the largest logit becomes 0, so no temperature overflows; a float32 holds none below 1e-38
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
     if top_k is not None and top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     if top_p is not None and top_p < 1:

@@ -520,7 +520,8 @@ def check_same(world, **things):
 
 def closing_sample(model, cfg, val, meta, data_dir):
     """A prompt from the val split, and after a | what the model makes of it, up to the end of the document."""
-    # compiled blocks would be compiled again for every length, so sample from the weights in a model without
+    from sample import visible  # shows control bytes as escapes
+    # compiled blocks would be compiled again for every length: put the same weights into a model without
     model = AdaPonderLM.from_state(dict(config=asdict(model.cfg), model=model.state_dict()))
     enc = load_tokenizer(meta, data_dir)
     prompt = val.tokens(0, min(32, cfg.block_size)).tolist()
@@ -530,8 +531,7 @@ def closing_sample(model, cfg, val, meta, data_dir):
     new = [t for t in new[0, len(prompt):].tolist() if t < meta['vocab_size']]  # the rows beyond are padding
     if enc.eot_token in new:
         new = new[:new.index(enc.eot_token)]
-    text = f'{enc.decode(prompt)}|{enc.decode(new)}'
-    return ''.join(c if c.isprintable() or c in '\n\t' else f'\\x{ord(c):02x}' for c in text)  # no control bytes
+    return visible(f'{enc.decode(prompt)}|{enc.decode(new)}')
 
 
 # -----------------------------------------------------------------------------

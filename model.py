@@ -780,7 +780,8 @@ def sample(logits, u, temperature=1.0, top_k=None, top_p=None):
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0, so no temperature overflows
+    # the largest logit becomes 0, so no temperature overflows; a float32 holds none below 1e-38
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
     if top_k is not None and top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     if top_p is not None and top_p < 1:
@@ -839,6 +840,8 @@ class HaltingSchedule:
 
     def forced(self, step, row, pos, micro=0):
         """Which tokens run all iterations whatever their gates say, bool like row. micro: number of the micro-batch."""
+        if self.cfg.objective == 'paper':
+            return torch.zeros_like(row, dtype=torch.bool)
         fade = min(1.0, (self.max_steps - step) / max(1, self.max_steps - self.full))
         share = 1 - (1 - self.explore * fade) * self.ramp(step)
         return hash_uniform(row, pos, salt=hash((self.seed, step, micro))) < share

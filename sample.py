@@ -424,12 +424,10 @@ def load(ckpt, tokenizer, dtype):
         return AdaPonderLM.from_state(state, path).to(dtype), enc
     if path.is_dir() and not (path / 'config.json').is_file():
         raise UsageError(f"{path} holds neither train.py's ckpt.pt nor Hugging Face's config.json")
-    try:
-        from transformers import AutoConfig
-        vanilla = not hasattr(AutoConfig.from_pretrained(path if path.is_dir() else ckpt), 'ponderinglm')
-    except Exception:  # from_pretrained() says in a sentence what is wrong
-        vanilla = False
-    model = AdaPonderLM.from_pretrained(ckpt, n_iter=1 if vanilla else None, dtype=dtype)
+    model = AdaPonderLM.from_pretrained(ckpt, dtype=dtype)
+    from transformers import AutoConfig
+    if not hasattr(AutoConfig.from_pretrained(path if path.is_dir() else ckpt), 'ponderinglm'):
+        model = AdaPonderLM.from_pretrained(ckpt, n_iter=1, dtype=dtype)  # a plain Pythia
     folder = model.tokenizer_files[0].parent if model.tokenizer_files else path  # a hub name's is in a cache
     meta = None
     if (folder / 'meta.json').is_file():
@@ -616,8 +614,9 @@ def parse(argv):
         raise UsageError('--html, --depth, --num_samples and --execution do not go with --prompts')
     if a.out and not a.prompts:
         raise UsageError('--out is for --prompts: redirect standard output instead')
-    for path in filter(None, (a.html, a.out)):
-        check_writable(path)
+    for path in (a.html, a.out):
+        if path is not None:
+            check_writable(path)
     return a
 
 

@@ -171,7 +171,7 @@ def cached_attention(q, k, v, kv, at):
     i, row = at
     row = slice(None) if row is None else row
     for cache, new in zip(kv, (k, v)):  # into the later iterations too: that is what they see if the token halts here
-        cache[..., -1, :][row, i:] = new.view(-1, 1, *new.shape[-2:])
+        cache[..., -1, :][row, i:] = new.view(-1, 1, *new.shape[-2:]).to(cache.dtype)  # autocast: bfloat16 of float32
     y = F.scaled_dot_product_attention(q.view(-1, *q.shape[-2:])[:, :, None], kv[0][row, i], kv[1][row, i])
     return y.view_as(q), kv
 
@@ -447,7 +447,7 @@ class AdaPonderLM(nn.Module):
             index = everyone if active is None else active
             if fixed:
                 records.append((index, torch.ones_like(h[:, 0]), None, h))
-                E = E + self.ponder(h).view_as(E)
+                E = E + self.ponder(h).view_as(E).to(E.dtype)
                 continue
             s, on = self.decide(i, h, index // T, index % T + start, policy, tau, halting)
             on = on.nonzero()[:, 0]
@@ -499,7 +499,8 @@ class AdaPonderLM(nn.Module):
 
     def cross_entropy(self, h, targets):
         """NLL in nats: its sum (), and that of each token (N,), detached. h: (N, d), targets: (N,)."""
-        return CrossEntropy.apply(h, self.unembed.weight, targets, self.chunks(h))
+        U = self.unembed.weight if torch.is_grad_enabled() else self.unembed.weight.detach()  # no gradients in vain
+        return CrossEntropy.apply(h, U, targets, self.chunks(h))
 
     def paper_loss(self, out, k):
         """Mean of the smallest k fraction of all gate values, halted tokens' too, a scalar (arXiv 2603.01914).
@@ -772,7 +773,8 @@ def sample(logits, u, temperature=1.0, top_k=None, top_p=None):
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0, so no temperature overflows
+    # the largest logit becomes 0, so no temperature overflows; a float32 holds none below 1e-38
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
     if top_k is not None and top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     if top_p is not None and top_p < 1:
@@ -829,6 +831,8 @@ class HaltingSchedule:
 
     def forced(self, step, row, pos, micro=0):
         """Which tokens run all iterations whatever their gates say, bool like row. micro: number of the micro-batch."""
+        if self.cfg.objective == 'paper':
+            return torch.zeros_like(row, dtype=torch.bool)
         fade = min(1.0, (self.max_steps - step) / max(1, self.max_steps - self.full))
         share = 1 - (1 - self.explore * fade) * self.ramp(step)
         return hash_uniform(row, pos, salt=hash((self.seed, step, micro))) < share

@@ -10,6 +10,11 @@ or .zst. Every document ends with <|endoftext|>. The same command again continue
 Whether a document is for training or validation depends on its own text alone, so adding files moves no other document; of a lone text the end is
 for validation. Of a folder, hidden files, caches and installed packages are left out, and what is not text in UTF-8 is skipped and counted.
 """
+import signal
+
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports ends quietly
+
 import argparse
 import base64
 import codecs
@@ -22,7 +27,6 @@ import multiprocessing
 import os
 import re
 import shutil
-import signal
 import sys
 import sysconfig
 import threading
@@ -46,19 +50,85 @@ LEFT_OUT = ('__pycache__', 'site-packages', 'dist-packages')
 SAVE_EVERY = 10  # seconds of work that an interruption may cost
 
 
-class UsageError(SystemExit):
-    """One sentence on stderr, exit code 2."""
+# helpers that the other scripts use too
 
-    def __init__(self, message):
-        tqdm.write(f'prepare_data.py: {message}', file=sys.stderr)  # clear of a progress bar
-        super().__init__(2)
+class UsageError(ValueError):
+    """A mistake of the user. The message is one sentence: what is wrong, and what to do."""
+
+
+def command_line(main):
+    """Run main() as a program: every script of the project ends with this call.
+
+    ValueError and OSError become one sentence on stderr and exit code 2, Ctrl-C becomes exit code 130. Any other
+    exception is a bug and keeps its traceback.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding='utf-8', errors='backslashreplace')  # whatever the locale is
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the imports ran with SIG_DFL
+    try:
+        main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # as in "sample.py | head": the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (ValueError, OSError) as e:
+        sentence = ' '.join(str(e).split()) or type(e).__name__
+        print(f'{Path(sys.argv[0]).name}: {sentence}', file=sys.stderr)
+        sys.exit(2)
+
+
+def temporary_path(path):
+    """Where write_beside() collects a file: in the same folder, so that the rename is atomic, and one name a process."""
+    return path.with_name(f'{path.name}.{os.getpid()}.tmp')
 
 
 def write_beside(path, data):
-    """A file appears under its name whole or not at all, also when two jobs of an array write it at the same time."""
-    tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-    tmp.write_bytes(data)
-    os.replace(tmp, path)
+    """Write bytes so that the file appears under its name whole or not at all, whenever the process is killed."""
+    path = Path(os.path.expanduser(path))  # unlike Path.expanduser, lets an unknown ~user stand
+    temporary = temporary_path(path)
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def check_writable(path):
+    """Raise UsageError unless write_beside(path) will work: asked before the work whose result goes there."""
+    path = Path(os.path.expanduser(path))
+    if os.path.isdir(path):
+        raise UsageError(f'{path} is a folder: give the name of a file')
+    if os.path.exists(path) and not path.is_file():
+        raise UsageError(f'{path} is not a regular file: give another name')
+    try:
+        temporary_path(path).touch()
+        temporary_path(path).unlink()
+    except OSError as e:
+        raise UsageError(f'{path} cannot be written ({e.strerror}): give a name in a folder that is there and writable')
+
+
+def lock(folder):
+    """Keep every other process that calls this out of `folder`, until the returned file is closed or this process ends.
+
+    Raises UsageError if another process holds the lock. A file system without locks (some NFS and Lustre mounts) is
+    used without one, with a warning.
+    """
+    file = open(Path(os.path.expanduser(folder)) / 'lock', 'a')
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows, where an open file could not be deleted either
+        file.close()
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise UsageError(f'another process is writing to {folder}: wait for it, or give another folder')
+    except OSError as e:
+        print(f'{folder} has no locks ({e.strerror}): see that no other process writes there', file=sys.stderr)
+    return file
 
 
 # tokenizers
@@ -624,7 +694,7 @@ def join_shards(whole, n, meta):
     return joined
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('sources', nargs='*', default=['stdlib'], help='files, folders, globs, stdlib (default), shakespeare, hf:NAME[:CONFIG] of datasets')
     parser.add_argument('--tokenizer', default='bytes', help='bytes (default), gpt2 or another tiktoken name, a .tiktoken or tokenizer.json file')
@@ -633,16 +703,11 @@ def main():
     parser.add_argument('--shard_tokens', type=float, default=0, help='most tokens in a file, e.g. 1e9 (default: one file)')
     parser.add_argument('--shard', metavar='i/n', help='do only the i-th (from 0) of n parts of the input files, for job arrays; the last job to end joins all')
     parser.add_argument('--workers', type=int, help='processes (default: all cores)')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     name = Path(re.split(r'[*?[]', args.sources[0].replace('hf:', ''))[0]).resolve().name.lstrip('.')
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        out = args.out or 'data/' + (re.split('[.:]', name)[0] or 'text')
-        prepare(args.sources, out, args.tokenizer, args.val_fraction, args.shard_tokens, args.shard, args.workers)
-    except KeyboardInterrupt:
-        print('interrupted: the same command continues', file=sys.stderr)
-        sys.exit(130)
+    out = args.out or 'data/' + (re.split('[.:]', name)[0] or 'text')
+    prepare(args.sources, out, args.tokenizer, args.val_fraction, args.shard_tokens, args.shard, args.workers)
 
 
 if __name__ == '__main__':
-    main()
+    command_line(main)

@@ -377,9 +377,13 @@ class AdaPonderLM(nn.Module):
 
     def expect(self, h):
         """softmax(h U^T) V, the expected embedding of the next token. h: (N, d) -> (N, d)."""
-        logits, V = self.few_logits(h), self.embed.weight
+        return self.expected_row(self.few_logits(h))
+
+    def expected_row(self, logits):
+        """softmax(logits) V. logits: (N, vocab) -> (N, d)."""
         P = F.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32)).to(logits.dtype)
-        if self.few(h):
+        V = self.embed.weight
+        if self.few(P):
             return torch.bmm(P.unflatten(1, (8, -1)).transpose(0, 1), V.unflatten(0, (8, -1))).sum(0)
         return P @ V
 

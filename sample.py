@@ -19,15 +19,205 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import replace
+from collections import deque
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import AdaPonderLM, Step, find_pretrained, load_checkpoint, read_json
+from model import AdaPonderLM, check_sampling, load_checkpoint, rope_table, sample
 from prepare_data import load_tokenizer
+
+# -----------------------------------------------------------------------------
+# The batch engine
+
+class Step(NamedTuple):
+    """One generated token. depth and gates belong to the position that predicted it: what was spent on finding this token."""
+    seq: int      # index of the prompt that it continues
+    token: int
+    depth: int    # iterations, 1 .. n_iter
+    gates: list   # the gate values that were computed
+    nll: float    # nats, under the model itself (temperature 1, nothing cut off)
+
+
+@dataclass
+class Slot:
+    """A sequence in flight, and where the token that it runs stands."""
+    index: int    # its row of the cache and of the inputs
+    seq: int      # index of its prompt
+    start: int    # where the context starts in its text
+    pos: int      # position of the token in the context
+    it: int       # iteration of the token, 0 .. n_iter - 1
+    gates: list   # gate values of the token so far
+
+
+class Places:
+    """Where the tokens of one step stand, for slot_attention()."""
+
+    def __init__(self, active, n_iter, device):
+        self.slots = [(s.index, s.it, s.pos) for s in active]
+        # a token's keys and values go into all later iterations too: that is what those see if the token halts here
+        places = [(n, s.index, it, s.pos) for n, s in enumerate(active) for it in range(s.it, n_iter)]
+        self.token, self.slot, self.it, self.pos = torch.tensor(places, device=device).unbind(1)
+
+
+@torch.compiler.disable  # Python loop over slots: nothing to fuse, and its lengths change with each step
+def slot_attention(q, k, v, kv, at):
+    """One token of each of N slots, each at its own iteration and position. q, k, v: (N, nh, hs), at: Places.
+
+    kv: the layer's cache (2, slots, n_iter, nh, L, hs), written in place. Each token attends to a view of its slot's part.
+    """
+    kv[:, at.slot, at.it, :, at.pos] = torch.stack([k, v], dim=1)[at.token]  # (M, 2, nh, hs)
+    y = []
+    for n, (slot, it, pos) in enumerate(at.slots):
+        K, V = kv[:, slot, it, None, :, :pos + 1]  # (1, nh, pos + 1, hs) each
+        y.append(F.scaled_dot_product_attention(q[n:n + 1, :, None], K, V))
+    return torch.cat(y)[:, :, 0], kv
+
+
+class Engine:
+    """The model, and a cache for several sequences. Each slot runs one token, and each token is at its own iteration."""
+
+    def __init__(self, model, slots, length, policy=None, tau=None, max_iter=None):
+        weight = model.embed.weight
+        self.model, self.policy, self.tau, self.max_iter = model, policy, tau, max_iter
+        self.last = (max_iter or model.cfg.n_iter) - 1
+        self.device = weight.device
+        self.cache = model.new_cache(slots, length)
+        self.rope = rope_table(torch.arange(length, device=self.device), model.cfg, weight.dtype)
+        self.E = weight.new_zeros(slots, model.cfg.n_embd)  # the input of each slot's token to its present iteration
+
+    def prefill(self, slot, tokens):
+        """Run a context (a list of tokens) and fill the slot's part of the cache. Returns the last token's logits (1, vocab)."""
+        policy = self.policy
+        if policy:  # it is told which prompt this is, as in step()
+            def policy(i, s, h, row, pos):
+                return self.policy(i, s, h, row + slot.seq, pos)
+        idx, cache = torch.tensor([tokens], device=self.device), self.cache[:, :, slot.index:slot.index + 1]
+        out = self.model.prefill(idx, cache, policy=policy, tau=self.tau, max_iter=self.max_iter)
+        slot.pos, slot.it = len(tokens) - 1, int(out.depth[0, -1]) - 1
+        slot.gates = out.gates[0, -1, :min(slot.it + 1, len(out.records))].tolist()
+        return self.model.few_logits(out.hidden[:, -1])
+
+    def start(self, slots, tokens):
+        """Put newly drawn tokens (N,) into their slots."""
+        self.E[[s.index for s in slots]] = self.model.embed_tokens(tokens)
+        for slot in slots:
+            slot.pos, slot.it, slot.gates = slot.pos + 1, 0, []
+
+    def step(self, active):
+        """One iteration of the token of each active slot. Returns the slots whose tokens halted, and their logits (N, vocab)."""
+        if not active:
+            return [], []
+        model = self.model
+        row, pos, seq = torch.tensor([(s.index, s.pos, s.seq) for s in active], device=self.device).unbind(1)
+        rope, places = [t[pos] for t in self.rope], Places(active, model.cfg.n_iter, self.device)
+        h, _ = model.backbone(self.E[row], rope, slot_attention, self.cache.unbind(1), places)  # (N, d)
+
+        # each iteration has a gate of its own, the last has none
+        gate = torch.zeros(len(h), device=self.device, dtype=torch.promote_types(h.dtype, torch.float32))
+        on = torch.zeros_like(gate, dtype=torch.bool)
+        for i in sorted({s.it for s in active} - {self.last}):
+            at = torch.tensor([n for n, s in enumerate(active) if s.it == i], device=self.device)
+            s, on[at] = model.decide(i, h[at], seq[at], pos[at], self.policy, self.tau)
+            gate[at] = s.to(gate.dtype)
+
+        # those that go on get their pondering embedding
+        go, halt = on.nonzero()[:, 0], (~on).nonzero()[:, 0]
+        e, logits = self.ponder_and_unembed(h[go], h[halt])
+        if model.cfg.objective == 'paper':
+            e = e * gate[go, None].to(e.dtype)
+        self.E.index_add_(0, row[go], e.to(self.E.dtype))
+        for slot, s, goes_on in zip(active, gate.tolist(), on.tolist()):
+            if slot.it < self.last:
+                slot.gates.append(s)
+            slot.it += goes_on
+        return [active[n] for n in halt.tolist()], [logits]
+
+    def ponder_and_unembed(self, going, halted):
+        """What tokens that go on hand on (N, d), and the logits of those that halted (M, vocab), from their states.
+
+        Both begin with a product with the unembedding, the largest of a step: one product makes all of them.
+        """
+        if self.model.cfg.feedback == 'hidden':
+            return self.model.ponder(going), self.model.few_logits(halted)
+        logits = self.model.few_logits(torch.cat([self.model.ln_ponder(going), halted]))
+        going, halted = logits.split([len(going), len(halted)])
+        return self.model.expected_row(going) * self.model.cfg.embed_scale, halted
+
+
+def draw(logits, generators, temperature, top_k, top_p):
+    """A token for each row of logits (N, vocab), with a random number from its generator. Returns tokens and NLLs, (N,) each."""
+    u = torch.stack([torch.rand((), generator=g) for g in generators]).to(logits.device)
+    tokens = sample(logits, u, temperature, top_k, top_p)
+    return tokens, F.cross_entropy(logits.float(), tokens, reduction='none')
+
+
+@torch.inference_mode()
+def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, tau=None, max_iter=None,
+           policy=None, slots=1, stop_token=None):
+    """Continue many prompts with a KV cache; yields a Step for each new token, as it is made.
+
+    prompts: lists of token ids, of any lengths. max_new_tokens: a number, or one for each prompt.
+    slots: sequences in flight. All iterations share their weights, so slots at different iterations of different tokens
+    go through the blocks together: a slot whose token halted starts its next token in the very next step, and the slot of a
+    finished sequence takes the next prompt.
+    generator: a torch.Generator, or a list of one for each prompt: then its text does not depend on what runs beside it.
+    temperature, top_k, top_p: see model.sample(). tau, max_iter, policy: see AdaPonderLM.decide(); row is the prompt's index.
+    stop_token: ends a sequence, and is yielded. A text that outgrows block_size goes on with its last part, see
+    AdaPonderLM.window(). Raises ValueError for an empty prompt, unknown tokens and numbers outside their range.
+    """
+    model.check_max_iter(max_iter)
+    check_sampling(temperature, top_k, top_p)
+    texts = [list(p) for p in prompts]
+    if any(not t or min(t) < 0 or max(t) >= model.cfg.vocab_size for t in texts):
+        raise ValueError(f'prompts must have at least one token, and tokens from 0 to {model.cfg.vocab_size - 1}')
+    budget = [max_new_tokens] * len(texts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    generators = generator if isinstance(generator, list) else [generator] * len(texts)
+    if not len(texts) == len(budget) == len(generators):
+        raise ValueError(f'{len(texts)} prompts, {len(budget)} numbers of new tokens, {len(generators)} generators')
+
+    slots = min(slots, len(texts))
+    length = min(model.cfg.block_size, max((len(t) + n for t, n in zip(texts, budget)), default=1))
+    engine = Engine(model, slots, length, policy, tau, max_iter)
+    waiting = deque(seq for seq, n in enumerate(budget) if n > 0)
+    active, free = [], list(range(slots))
+    while waiting or active:
+        # free slots take the next prompts, the others run one iteration of their tokens
+        admitted, logits = [], []
+        while waiting and free:
+            seq = waiting.popleft()
+            start = model.window(len(texts[seq]))
+            admitted.append(Slot(free.pop(), seq, start, pos=0, it=0, gates=[]))
+            logits.append(engine.prefill(admitted[-1], texts[seq][start:]))
+        halted, logits_halted = engine.step(active)
+        active += admitted
+        ready = admitted + halted
+        if not ready:
+            continue
+
+        # draw the tokens that follow those that halted
+        tokens, nlls = draw(torch.cat(logits + logits_halted), [generators[s.seq] for s in ready], temperature, top_k, top_p)
+        for slot, token, nll in zip(ready, tokens.tolist(), nlls.tolist()):
+            yield Step(slot.seq, token, slot.it + 1, slot.gates, nll)
+            texts[slot.seq].append(token)
+            budget[slot.seq] -= 1
+            finished = budget[slot.seq] == 0 or token == stop_token
+            outgrown = model.window(len(texts[slot.seq])) != slot.start
+            if outgrown and not finished:  # it comes in anew, as a prompt
+                waiting.appendleft(slot.seq)
+            if outgrown or finished:
+                active.remove(slot)
+                free.append(slot.index)
+        engine.start(ready, tokens)
+
+
+# -----------------------------------------------------------------------------
+# Showing depth
 
 # Backgrounds of depth 1 .. n_iter, (r, g, b): text on them is black, or white where the page is dark
 LIGHT = [(226, 240, 252), (255, 243, 196), (255, 203, 128), (244, 132, 110)]

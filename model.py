@@ -829,6 +829,8 @@ class HaltingSchedule:
 
     def forced(self, step, row, pos, micro=0):
         """Which tokens run all iterations whatever their gates say, bool like row. micro: number of the micro-batch."""
+        if self.cfg.objective == 'paper':
+            return torch.zeros_like(row, dtype=torch.bool)
         fade = min(1.0, (self.max_steps - step) / max(1, self.max_steps - self.full))
         share = 1 - (1 - self.explore * fade) * self.ramp(step)
         return hash_uniform(row, pos, salt=hash((self.seed, step, micro))) < share

@@ -3,7 +3,7 @@ Measures a model: what it costs by formula, how well it predicts at which cost, 
 
     python bench.py flops --config config/pythia*.py
     python bench.py ppl --ckpt out/tiny/ckpt.pt --vanilla out/vanilla/ckpt.pt --fixed out/fixed/ckpt.pt --json seed1.json
-    python bench.py results seed1.json seed2.json seed3.json --out assets
+    python bench.py results seed1.json seed2.json seed3.json
     python bench.py speed --config config/pythia70m.py
     python bench.py plan --config config/pythia410m.py --gpu H100 --gpus 8 --price 2.5
     python bench.py downstream --ckpt out/tiny/ckpt.pt --tasks lambada_openai,piqa
@@ -11,180 +11,212 @@ Measures a model: what it costs by formula, how well it predicts at which cost, 
 
 Each prints a table, and with --json FILE writes its numbers beside the machine, the versions and the seed.
 """
+import signal
+
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports ends quietly
+
 import argparse
 import json
 import math
 import os
 import platform
-import sys
-import tempfile
 import time
-from contextlib import nullcontext
+import weakref
+from collections import defaultdict
 from dataclasses import asdict, fields, replace
-from functools import lru_cache
-from itertools import cycle, islice
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 
-from model import AdaPonderConfig, AdaPonderLM, load_checkpoint, packed_attention
-from prepare_data import load_tokenizer
-from train import Windows, in_steps, load_config
+from model import AdaPonderConfig, AdaPonderLM, hash_uniform, load_checkpoint
+from prepare_data import UsageError, check_writable, command_line, load_tokenizer, write_beside
+from sample import stream
+from train import GPUS, Windows, get_autocast, get_device, in_steps, load_config, load_meta
 
 
-def fail(message):
-    """One sentence on stderr, exit code 2."""
-    print(f'bench.py: {message}', file=sys.stderr)
-    raise SystemExit(2)
+# -----------------------------------------------------------------------------
+# Tables, files, models
+
+def table(header, rows, left=(0,)):
+    """Print aligned columns, those with numbers in `left` to the left. None is an empty cell, an empty row a blank line."""
+    cells = [['' if c is None else str(c) for c in row] for row in [header, *rows]]
+    width = [max(len(row[j]) for row in cells if row) for j in range(len(header))]
+    for row in cells:
+        line = [c.ljust(w) if j in left else c.rjust(w) for j, (c, w) in enumerate(zip(row, width))]
+        print('  '.join(line).rstrip())
 
 
-def cell(form, value):
+def show(form, value):
+    """A number as text, and an empty cell where there is none."""
     return '' if value is None else form.format(value)
 
 
-def table(header, rows, left=(0,)):
-    """Aligned columns, those in `left` to the left. An empty row is a blank line."""
-    cells = [[str(c) for c in r] for r in [header, *rows]]
-    width = [max(len(r[j]) for r in cells if r) for j in range(len(header))]
-    for r in cells:
-        print('  '.join(c.ljust(w) if j in left else c.rjust(w) for j, (c, w) in enumerate(zip(r, width))).rstrip())
-
-
 def write(path, text):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(f'{path}.tmp').write_text(text, encoding='utf-8')
-    os.replace(f'{path}.tmp', path)
+    write_beside(path, text.encode('utf-8'))
     print(f'wrote {path}')
 
 
 def report(a, **result):
-    """Says where it was measured; --json FILE keeps it all."""
-    try:
-        cpu = next(line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name'))
-    except (OSError, StopIteration):
-        cpu = platform.processor() or platform.machine()
-    where = dict(cpu=cpu, cpus=os.cpu_count(), gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None, threads=torch.get_num_threads(),
-                 python=platform.python_version(), torch=torch.__version__, seed=a.seed)
-    print('\n' + ', '.join(f'{k} {v}' for k, v in where.items() if v is not None))
+    """Print where the numbers were measured; --json FILE keeps them all."""
+    cpu = platform.processor() or platform.machine()
+    if os.path.exists('/proc/cpuinfo'):
+        lines = Path('/proc/cpuinfo').read_text(encoding='utf-8', errors='replace').splitlines()
+        cpu = next((line.split(':')[1].strip() for line in lines if line.startswith('model name')), cpu)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    machine = dict(cpu=cpu, cpus=os.cpu_count(), gpu=gpu, threads=torch.get_num_threads(),
+                   python=platform.python_version(), torch=torch.__version__, seed=a.seed)
+    print('\n' + ', '.join(f'{k} {v}' for k, v in machine.items() if v is not None))
     if a.json:
-        arguments = {k: v for k, v in vars(a).items() if k != 'fn'}
-        write(a.json, json.dumps(dict(command=a.command, arguments=arguments, where=where, **result), indent=1))
+        arguments = {k: v if isinstance(v, (int, float, list, type(None))) else str(v)
+                     for k, v in vars(a).items() if k != 'run'}
+        record = dict(command=a.command, arguments=arguments, machine=machine, **result)
+        write(a.json, json.dumps(record, indent=1))
 
 
 def pyplot():
-    """matplotlib.pyplot, or None and a sentence."""
+    """matplotlib.pyplot; None, and a word, where it is not installed."""
     try:
         import matplotlib
     except ImportError:
         print('no pictures: pip install matplotlib')
         return None
-    matplotlib.use('agg')
-    import matplotlib.pyplot as plt
-    return plt
+    matplotlib.use('agg')  # draws into files, needs no screen
+    import matplotlib.pyplot
+    return matplotlib.pyplot
 
 
 def save_figure(plt, fig, path):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(f'{path}.tmp', format=Path(path).suffix[1:] or 'png', dpi=150, bbox_inches='tight')
+    fig.savefig(path, dpi=150, bbox_inches='tight')
     plt.close(fig)
-    os.replace(f'{path}.tmp', path)
     print(f'wrote {path}')
 
 
-def load(path, a):
-    """A checkpoint of train.py, or a folder of GPT-NeoX weights: the model on a.device, and what else the file holds."""
-    try:
-        state = {} if os.path.isdir(path) else load_checkpoint(path)
-        model = AdaPonderLM.from_state(state) if state else AdaPonderLM.from_pretrained(path)
-    except (OSError, ValueError, RuntimeError) as e:
-        fail(e)
-    return model.to(a.device).eval().requires_grad_(False), {k: state[k] for k in ('meta', 'train_config', 'step') if k in state}
+def load(path, device):
+    """A checkpoint of train.py, or GPT-NeoX weights (a folder or a hub name). Returns the model, and what else the checkpoint says."""
+    if os.path.isfile(path) or path.endswith('.pt'):
+        state = load_checkpoint(path)
+        model = AdaPonderLM.from_state(state, path)
+    else:
+        state, model = {}, AdaPonderLM.from_pretrained(path)
+    model = model.to(device).eval().requires_grad_(False)
+    return model, {k: state[k] for k in ('meta', 'train_config') if k in state}
 
 
-def shape_of(path, changes=()):
-    """The AdaPonderConfig and the TrainConfig of a config file, under changes of the form key=value."""
-    t = load_config([path, *('--' + c for c in changes)])
-    meta = Path(t.data_dir) / 'meta.json'
-    if t.init_from != 'scratch':
-        fail(f'{path} takes its shape from {t.init_from}: give the config of that size from scratch')
-    if not t.vocab_size and not meta.is_file():
-        fail(f'{path} takes vocab_size from its data, and {t.data_dir} has none: prepare the data, or set vocab_size in the config')
-    own = {f.name: getattr(t, f.name) for f in fields(AdaPonderConfig) if hasattr(t, f.name)}
-    own['vocab_size'] = t.vocab_size or -(-json.loads(meta.read_text())['vocab_size'] // 64) * 64
-    return AdaPonderConfig(**own), t
+def config_of(path, changes=()):
+    """The AdaPonderConfig and the TrainConfig of a config file. changes: strings key=value."""
+    train_config = load_config([path, *(f'--{change}' for change in changes)])
+    if train_config.init_from != 'scratch':
+        raise UsageError(f'{path} takes its shape from {train_config.init_from}: give the config of that size from scratch')
+    own = {f.name: getattr(train_config, f.name) for f in fields(AdaPonderConfig) if hasattr(train_config, f.name)}
+    if not own['vocab_size']:  # the data's, in multiples of 64 as train.py has it
+        folder = Path(train_config.data_dir).expanduser()
+        if not (folder / 'meta.json').is_file():
+            raise UsageError(f'{path} takes vocab_size from its data, and {folder} has none: prepare the data, or set vocab_size')
+        own['vocab_size'] = -(-load_meta(folder)['vocab_size'] // 64) * 64
+    return AdaPonderConfig(**own), train_config
 
 
-def count_parameters(cfg, start=''):
+def load_or_make(path, a):
+    """The model at path, or one with random weights if path is a config file. Returns it and what its checkpoint says."""
+    if not path.endswith('.py'):
+        return load(path, a.device)
+    torch.manual_seed(a.seed)
+    return AdaPonderLM(config_of(path)[0]).to(a.device).eval().requires_grad_(False), {}
+
+
+def with_config(model, **change):
+    """The same weights under another config, as fixed depth or one iteration."""
     with torch.device('meta'):
-        return sum(p.numel() for n, p in AdaPonderLM(cfg).named_parameters() if n.startswith(start))
+        other = AdaPonderLM(replace(model.cfg, **change))
+    weights = model.state_dict()
+    other.load_state_dict({name: weights[name] for name in other.state_dict()}, assign=True)
+    return other.eval().requires_grad_(False)
+
+
+def count_parameters(cfg, prefix=''):
+    with torch.device('meta'):
+        return sum(p.numel() for name, p in AdaPonderLM(cfg).named_parameters() if name.startswith(prefix))
 
 
 def autocast(a):
-    return torch.autocast(torch.device(a.device).type, torch.bfloat16) if a.dtype == 'bfloat16' else nullcontext()
+    return get_autocast(torch.device(a.device), a.dtype)[0]()
 
 
-# Halting policies, as model.py calls them: fn(i, s, h, row, pos) -> True where the token goes on past iteration i
-
-def coin(row, pos, salt=0):
-    """A number in [0, 1) for each token that looks random and depends on (salt, row, pos) alone: the same on every execution."""
-    x = (row * 0x9E3779B1 + pos * 0x85EBCA77 + (salt + 1) * 0xC2B2AE3D) & 0xFFFFFFFF
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):  # a 32-bit hash that mixes well
-        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
-    return (x ^ (x >> 16)).double() / 2 ** 32
-
-
-def blind(shares, salt=0):
-    """A share shares[i] of all tokens goes on past iteration i, whichever they are. shares must not rise: halted stays halted."""
-    return lambda i, s, h, row, pos: coin(row, pos, salt) < shares[i]
+def val_windows(folder, model, state, length):
+    """The val split of a prepared folder in windows of length + 1 tokens. Refuses data of another tokenizer than the model's."""
+    folder = Path(folder).expanduser()
+    if not (folder / 'meta.json').is_file():
+        raise UsageError(f'no data in {folder}: give --data, a folder that prepare_data.py made')
+    meta = load_meta(folder)
+    trained_with = state.get('meta', {}).get('tokenizer_sha256', meta['tokenizer_sha256'])
+    if trained_with != meta['tokenizer_sha256'] or meta['vocab_size'] > model.cfg.vocab_size:
+        raise UsageError(f'the data in {folder} was made with another tokenizer than the model was trained with')
+    return Windows(folder, meta, 'val', length, model.cfg.vocab_size)
 
 
-def forced(share, K):
-    """`share` of the (token, iteration 2 .. K) pairs does not run, whatever the weights: every gate halts the same fraction.
+# -----------------------------------------------------------------------------
+# Halting policies, as AdaPonderLM.decide() takes them: fn(i, s, h, row, pos) -> bool (N,), True: the token goes on
 
-    The golden ratio spreads depths, so that any run of positions comes near the share. Rows start at unrelated places.
+def scheduled_policy(shares, salt=0):
+    """A share shares[i] of all tokens, picked at random, goes on after iteration i. shares must not rise."""
+    return lambda i, s, h, row, pos: hash_uniform(row, pos, salt) < shares[i]
+
+
+def even_policy(share, K):
+    """`share` of the (token, iteration 2 .. K) pairs does not run, whatever the weights are: for measuring time.
+
+    Every gate halts the same fraction of those that are left. Multiples of the golden ratio spread the depths evenly over
+    positions, so that any run of them comes near the share; each row starts at a place of its own.
     """
     shares = schedule('geometric', range(K), (1 - share) * (K - 1))
-    return lambda i, s, h, row, pos: (coin(row, torch.zeros_like(pos)) + pos * ((math.sqrt(5) - 1) / 2)) % 1 < shares[i]
+    golden = (math.sqrt(5) - 1) / 2
+    return lambda i, s, h, row, pos: (hash_uniform(row, 0 * pos) + pos * golden) % 1 < shares[i]
 
 
-def above(score, t=-math.inf, into=None):
-    """A token goes on while its score is at least t. into: a CPU tensor (n, T, K - 1) that keeps the scores."""
+def threshold_policy(score, t=-math.inf, record=None):
+    """A token goes on while its score is at least t. record: a CPU tensor (n, T, K - 1) that is filled with the scores."""
     def policy(i, s, h, row, pos):
         x = score(i, s, h, row, pos)
-        if into is not None:
-            into[row.cpu(), pos.cpu(), i] = x.cpu().to(into.dtype)
+        if record is not None:
+            record[row.cpu(), pos.cpu(), i] = x.cpu().to(record.dtype)
         return x >= t
     return policy
 
 
 def log_probs(model, h):
+    """log softmax of the logits, at least float32. h: (N, d) -> (N, vocab)."""
     logits = model.unembed(h)
     return F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
 
 
-def by_chunks(model, fn, *xs):
-    """fn on runs of tokens, so that the logits of all are never held at once. xs: (..., d) or (...); fn: (N, d) or (N,) each -> (N, ...)."""
-    shape = xs[0].shape[:-1]
-    parts = zip(*(x.flatten(0, len(shape) - 1).split(max(1, 2 ** 24 // model.cfg.vocab_size)) for x in xs))
-    return torch.cat([fn(*part) for part in parts]).unflatten(0, shape)
+def in_chunks(model, fn, *tensors):
+    """fn on a chunk of tokens at a time, so that the logits of all are never held at once. tensors: (N, ...) each."""
+    size = model.chunk(tensors[0])
+    return torch.cat([fn(*parts) for parts in zip(*(t.split(size) for t in tensors))])
 
 
-def gate(model):
-    """The learned gates; at t = tau this is what the model does by itself."""
+def gate_score(model):
+    """The learned gates. With t = tau this is what the model does by itself."""
     return lambda i, s, h, row, pos: s
 
 
-def confidence(model):
-    """Early exit: a token whose likeliest successor has probability p scores -p."""
-    return lambda i, s, h, row, pos: -by_chunks(model, lambda x: log_probs(model, x).amax(-1), h).exp()
+def confidence_score(model):
+    """Minus the probability of the likeliest next token: a token that is sure of it halts."""
+    return lambda i, s, h, row, pos: -in_chunks(model, lambda x: log_probs(model, x).amax(-1), h).exp()
 
 
-def convergence(model):
-    """Huginn's exit (arXiv 2502.05171): KL(P^(i-1) || P^i), small where an iteration changed little. The first has nothing to compare."""
+def convergence_score(model):
+    """KL(P^(i-1) || P^i), small where an iteration changed little (Huginn, arXiv 2502.05171). After the first: infinite."""
     before = {}
 
     def kl(now, then):
@@ -192,113 +224,116 @@ def convergence(model):
         return (q.exp() * (q - p)).sum(-1)
 
     def score(i, s, h, row, pos):
+        key = row * 2 ** 32 + pos  # rises along the tokens, so those that still run are found by bisection
         if i == 0:
-            first = int(row.min())
-            before.update(first=first, h=h.new_zeros(int(row.max()) - first + 1, int(pos.max()) + 1, h.size(-1)))
-        at = (row - before['first'], pos)
-        out = by_chunks(model, kl, h, before['h'][at]) if i else torch.full_like(s, math.inf)
-        before['h'][at] = h
+            out = torch.full_like(s, math.inf)
+        else:
+            out = in_chunks(model, kl, h, before['h'][torch.searchsorted(before['key'], key)])
+        before.update(key=key, h=h)
         return out
     return score
 
 
-SCORES = dict(learned=gate, confidence=confidence, convergence=convergence)
-POLICIES = ['learned', 'random', 'uniform', 'geometric', 'confidence', 'convergence', 'foresight', 'oracle']
+SCORES = dict(learned=gate_score, confidence=confidence_score, convergence=convergence_score)
+POLICIES = ['learned', 'random', 'uniform', 'geometric', 'confidence', 'convergence', 'oracle']
 
 
-# ppl: passes over windows of text, x (n, T + 1)
+# -----------------------------------------------------------------------------
+# Measuring windows of text, x: (n, T + 1)
 
 @torch.inference_mode()
 def measure(model, x, a, policy=None):
-    """Packed passes over windows x. The policy sees a window's number in x as row. Returns depth and nll, both (n, T)."""
+    """Run windows x packed. Returns depth and NLL, both (n, T), on the CPU. The policy sees a window's number in x as row."""
     depth, nll = [], []
     for first in range(0, len(x), a.batch_size):
         part = x[first:first + a.batch_size].to(a.device)
+
+        def with_row(i, s, h, row, pos):
+            return policy(i, s, h, row + first, pos)
         with autocast(a):
-            out = model(part[:, :-1], part[:, 1:], execution='packed',
-                        policy=policy and (lambda i, s, h, row, pos: policy(i, s, h, row + first, pos)))
+            out = model(part[:, :-1], part[:, 1:], execution='packed', policy=policy and with_row)
         depth.append(out.depth.cpu())
-        nll.append(out.nll.cpu().double())
+        nll.append(out.nll.cpu().double())  # float64 on the CPU alone: some devices have none
     return torch.cat(depth), torch.cat(nll)
 
 
 @torch.inference_mode()
-def profile(model, x, a):
-    """What a token has to gain when nobody halts, from one pass over windows x.
-
-    Returns the NLL after each iteration, which is what max_iter = 1 .. K give, and what whoever reads all K predictions, but not the token itself,
-    expects it to be: the cross entropy of each with the last. Both (n, T, K).
-    """
-    def surprise(*xs):  # K times (N, d), then (N,) -> (N, 2, K)
-        p = torch.stack([log_probs(model, h) for h in xs[:-1]], -1)  # (N, vocab, K)
-        seen = p.gather(1, xs[-1][:, None, None].expand(-1, 1, p.size(-1)))[:, 0]
-        return -torch.stack([seen, (p[..., -1:].exp() * p).sum(1)], 1)
-
-    def on(i, s, h, row, pos):
-        states.append(h)
-        return torch.ones_like(row, dtype=torch.bool)
-    levels = []
+def nll_by_iteration(model, x, a):
+    """The NLL of each token after each iteration when no token halts, (n, T, K): what max_iter = 1 .. K give, in one run."""
+    parts = []
     for part in x.split(a.batch_size):
-        part, states = part.to(a.device), []
+        part = part.to(a.device)
         with autocast(a):
-            last = model(part[:, :-1], policy=on).hidden
-            levels.append(by_chunks(model, surprise, *states, last, part[:, 1:]).cpu().double())
-    return torch.cat(levels).unbind(2)
+            out = model(part[:, :-1], tau=0.0)
+            states = [h for index, s, on, h in out.records] + [out.hidden.flatten(0, 1)]
+            nll = torch.stack([model.cross_entropy(h, part[:, 1:].flatten())[1] for h in states], dim=-1)
+        parts.append(nll.view(*out.depth.shape, -1).cpu().double())
+    return torch.cat(parts)
 
 
-def costs(cfg, T, last=None):
-    """FLOPs of a token by position and depth, (T, K), in a causal pass over T tokens."""
+def cost_table(cfg, T, max_iter=None):
+    """FLOPs of a token by position and depth, (T, K) float64, in a causal pass over T tokens."""
     context = torch.arange(1, T + 1, dtype=torch.float64)[:, None]
-    return cfg.inference_flops(torch.arange(1, cfg.n_iter + 1)[None], context, last)
+    return cfg.inference_flops(torch.arange(1, cfg.n_iter + 1)[None], context, max_iter)
 
 
-def spent(cost, depth):
+def flops_spent(cost, depth):
     """FLOPs of each token. cost: (T, K), depth: (n, T) -> (n, T)."""
     return cost.expand(len(depth), -1, -1).gather(-1, depth[..., None] - 1)[..., 0]
 
 
 def depth_at(scores, t):
-    """Depths (n, T) of tokens with scores (n, T, K - 1): halted stays halted."""
+    """Depths (n, T) of tokens with scores (n, T, K - 1) under the threshold t: halted stays halted."""
     return 1 + (scores >= t).long().cumprod(-1).sum(-1)
 
 
-def threshold(scores, cost, target):
+def find_threshold(scores, cost, target):
     """The t at which the mean cost of tokens with scores (n, T, K - 1) comes nearest to target FLOPs."""
     def mean_cost(t):
-        return float(spent(cost, depth_at(scores, t)).mean())
-    values = scores[scores.isfinite()].unique()  # the cost falls as t rises from one to the next
+        return float(flops_spent(cost, depth_at(scores, t)).mean())
+    values = scores[scores.isfinite()].unique()  # the cost falls from each of these to the next
     low, high = 0, len(values) - 1
     while low < high:
-        mid = (low + high) // 2
-        low, high = (mid + 1, high) if mean_cost(values[mid]) > target else (low, mid)
-    return min(values[max(0, low - 1):low + 1].tolist(), key=lambda t: abs(mean_cost(t) - target))
+        middle = (low + high) // 2
+        if mean_cost(values[middle]) > target:
+            low = middle + 1
+        else:
+            high = middle
+    near = values[max(0, low - 1):low + 1].tolist()
+    return min(near, key=lambda t: abs(mean_cost(t) - target))
 
 
 def calibrate(model, x, a, kind, cost, target, scores):
-    """The threshold at which a kind of score spends target FLOPs a token on windows x. scores: those where nobody halts.
+    """The threshold at which a kind of score spends target FLOPs a token on windows x. scores: those where no token halts.
 
-    Halting changes later scores a little, so the threshold is set once more from a pass in which tokens do halt.
+    Halting changes later scores a little, so the threshold is set once more from a run in which tokens do halt.
     """
     scores = scores.clone()
-    measure(model, x, a, above(SCORES[kind](model), threshold(scores, cost, target), scores))
-    return threshold(scores, cost, target)
+    first = find_threshold(scores, cost, target)
+    measure(model, x, a, threshold_policy(SCORES[kind](model), first, record=scores))
+    return find_threshold(scores, cost, target)
 
 
 def bisect(fn, target, low, high):
     """Where fn, which falls, comes down to target."""
     for _ in range(60):
-        mid = (low + high) / 2
-        low, high = (mid, high) if fn(mid) > target else (low, mid)
+        middle = (low + high) / 2
+        if fn(middle) > target:
+            low = middle
+        else:
+            high = middle
     return (low + high) / 2
 
 
 def schedule(kind, mean_cost, target):
-    """Shares for blind() that cost target. mean_cost: by depth, K numbers.
+    """Shares for scheduled_policy() that cost target. mean_cost: of depths 1 .. K.
 
     uniform: every iteration loses the same number of tokens; geometric: the same fraction of those that are left.
     """
     def shares(p):
-        return [max(0.0, 1 - p * i) if kind == 'uniform' else (1 - p) ** i for i in range(1, len(mean_cost))]
+        if kind == 'uniform':
+            return [max(0.0, 1 - p * i) for i in range(1, len(mean_cost))]
+        return [(1 - p) ** i for i in range(1, len(mean_cost))]
 
     def cost(p):
         return mean_cost[0] + sum(r * (b - a) for r, a, b in zip(shares(p), mean_cost, mean_cost[1:]))
@@ -306,16 +341,19 @@ def schedule(kind, mean_cost, target):
 
 
 def oracle_depth(nll, cost, target):
-    """Who knows the NLL (n, T, K) of every token at every depth takes argmin NLL + lambda * cost, with the lambda that spends target."""
+    """The depths (n, T) with the least NLL that cost target, knowing the NLL (n, T, K) of every token at every depth.
+
+    By a Lagrange multiplier: each token minimises NLL + lambda * cost, with the lambda at which all spend target.
+    """
     def choose(log_lambda):
         return (nll + 10 ** log_lambda * cost / cost.mean()).argmin(-1) + 1
-    return choose(bisect(lambda x: float(spent(cost, choose(x)).mean()), target, -9, 4))
+    return choose(bisect(lambda x: float(flops_spent(cost, choose(x)).mean()), target, -9, 4))
 
 
 def spearman(x, y):
-    """Rank correlation of two 1-d arrays, equal values sharing their mean rank; None where one of them does not vary."""
-    def ranks(v):
-        _, inverse, counts = np.unique(v, return_inverse=True, return_counts=True)
+    """Rank correlation of two 1-d arrays; equal values share their mean rank. None where one of them does not vary."""
+    def ranks(values):
+        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
         r = (np.cumsum(counts) - counts / 2)[inverse]
         return r - r.mean()
     a, b = ranks(np.asarray(x)), ranks(np.asarray(y))
@@ -323,456 +361,489 @@ def spearman(x, y):
     return float(a @ b) / norm if norm else None
 
 
-@lru_cache(maxsize=1)
-def resamples(n, seed=0):
-    """Bootstrap: 1000 times n windows drawn from n, as weights (1000, n) of a mean."""
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=1000) / n
+def standard_error(samples):
+    """Of their mean. A paired difference of two models: give the differences on the same windows."""
+    return float(np.std(samples, ddof=1) / math.sqrt(len(samples)))
 
 
-def spread(fn, *samples):
-    """Bootstrap standard error of fn(mean, mean, ...), the same windows drawn for all. samples: (windows,) each."""
-    return float(np.std(fn(*(resamples(len(samples[0])) @ s for s in samples))))
+# -----------------------------------------------------------------------------
+# ppl: perplexity of halting policies at equal FLOPs
 
-
-def retained(vanilla, nll, fixed):
-    """The share of fixed depth's gain over one iteration that is kept."""
-    return (vanilla - nll) / (vanilla - fixed)
-
-
-def val_split(a, folder, model, state, length):
-    """The val split of a prepared folder in windows of length + 1 tokens, if it is of the model's tokenizer."""
-    if not (Path(folder) / 'meta.json').is_file():
-        fail(f'no data in {folder}: give --data, a folder that prepare_data.py made')
-    meta = json.loads((Path(folder) / 'meta.json').read_text())
-    if state.get('meta', meta)['tokenizer_sha256'] != meta['tokenizer_sha256'] or meta['vocab_size'] > model.cfg.vocab_size:
-        fail(f'the data in {folder} was made with another tokenizer than the model was trained with')
-    return Windows(folder, meta, 'val', length, model.cfg.vocab_size)
-
-
-def windows(a, folder, model, state):
-    """Windows of the val split, spread evenly over it and dealt out: (n, T + 1) to measure on, (m, T + 1) to set thresholds on."""
+def pick_windows(a, folder, model, state):
+    """Windows spread evenly over the val split: (n, T + 1) to measure on, and (m, T + 1) others to set thresholds on."""
     T = model.cfg.block_size
-    val = val_split(a, folder, model, state, T)
+    val = val_windows(folder, model, state, T)
     n, m = max(2, a.eval_tokens // T), max(2, a.calib_tokens // T)
-    if n + m > val.n:
-        n = max(1, round(val.n * n / (n + m)))
-        m = val.n - n
-    if m < 1:
-        fail(f'the val split of {folder} has one window of {T} tokens: too few to set thresholds on one part and measure on another')
+    if n + m > val.n:  # all there are, in the same proportion
+        m = max(1, round(val.n * m / (n + m)))
+        n = val.n - m
+    if n < 2:
+        raise UsageError(f'the val split of {folder} has {val.n} windows of {T} tokens: too few to set thresholds and to measure')
     x = val.batch(np.linspace(0, val.n - 1, n + m).round().astype(int) * T)
-    other = np.linspace(0, n + m - 1, m + 2)[1:-1].round().astype(int)
-    return x[np.setdiff1d(np.arange(n + m), other)], x[other]
+    calib = np.linspace(0, n + m - 1, m + 2)[1:-1].round().astype(int)
+    return x[np.setdiff1d(np.arange(n + m), calib)], x[calib]
 
 
-def at_equal_flops(model, x, calib, a, kinds, dials, full):
-    """One checkpoint on windows x under every kind of policy, at every dial: 'own' or the share of `full`, FLOPs a token of fixed depth, to save.
+def make_row(policy, setting, depth, nll, flops, full):
+    """One line of ppl's table. depth, nll: (n, T); flops: of a mean token; full: those of fixed depth, without gates."""
+    windows = nll.mean(1).numpy()
+    active = [float((depth > i).double().mean()) for i in range(int(depth.max()))]  # share that ran iteration i + 1
+    return dict(policy=policy, setting=setting, nll=float(windows.mean()), se=standard_error(windows),
+                ppl=math.exp(windows.mean()), flops=flops, saved=1 - flops / full, depth=float(depth.double().mean()),
+                active=active, windows=windows)
 
-    Returns the rows of ppl()'s table, each with the mean NLL of every window, and what the checkpoint did at its own tau.
+
+class PolicyMaker:
+    """Makes halting policies for one model that spend a given number of FLOPs a token.
+
+    x: windows to measure on; calib: other windows, on which thresholds are set.
     """
-    cfg, K, T = model.cfg, model.cfg.n_iter, x.size(1) - 1
-    cost, rows, own = costs(cfg, T), [], {}
-    dials = dials if K > 1 else []
-    kinds = kinds if dials else []
 
-    def add(policy, dial, depth, nll, flops, **how):
-        w, ran = nll.mean(1).numpy(), [float((depth > i).double().mean()) for i in range(K)]
-        rows.append(dict(policy=policy, dial=dial, nll=float(w.mean()), se=spread(lambda m: m, w), ppl=math.exp(w.mean()), flops=flops,
-                         saved=1 - flops / full, depth=float(depth.double().mean()), halted=1 - sum(ran[1:]) / max(1, K - 1), ran=ran, **how, windows=w))
-        return rows[-1]
+    def __init__(self, model, x, calib, kinds, a):
+        self.model, self.calib, self.a = model, calib, a
+        self.cost = cost_table(model.cfg, x.size(1) - 1)  # (T, K)
+        self.levels = nll_by_iteration(model, x, a)       # (n, T, K)
+        self.scores = {}                                  # on calib, where no token halts
+        for kind in set(kinds) & SCORES.keys():
+            self.scores[kind] = torch.zeros(*calib[:, 1:].shape, model.cfg.n_iter - 1, dtype=torch.float64)
+            measure(model, calib, a, threshold_policy(SCORES[kind](model), record=self.scores[kind]))
 
-    levels, expected = profile(model, x, a)  # (n, T, K)
-    for d in range(1, K + 1):
-        add('fixed depth', f'max_iter {d}', torch.full(levels.shape[:2], d), levels[..., d - 1], float(costs(cfg, T, d)[:, d - 1].mean()))
-    scores = {k: torch.zeros(len(calib), T, K - 1, dtype=torch.float64) for k in kinds if k in SCORES}
-    for kind in scores:  # where nobody halts
-        measure(model, calib, a, above(SCORES[kind](model), into=scores[kind]))
-    for dial in tqdm(dials, desc='dial', leave=False):
-        # 'own' is what the checkpoint does by itself, then the other policies at its FLOPs
-        target = float(spent(cost, measure(model, calib, a)[0]).mean()) if dial == 'own' else (1 - dial) * full
+    def make(self, kind, target, learned=None):
+        """The policy of this kind; None where it cannot spend target. learned: the row of the gates, which random copies."""
+        if kind == 'random':
+            active = learned['active'][1:]
+            return scheduled_policy(active + [0.0] * (self.model.cfg.n_iter - 1 - len(active)), self.a.seed)
+        depth = depth_at(self.scores[kind], math.inf) if kind in self.scores else torch.ones_like(self.levels[..., 0]).long()
+        least = float(flops_spent(self.cost, depth).mean())
+        if not least <= target <= float(self.cost[:, -1].mean()):
+            return None
+        if kind == 'oracle':
+            best = oracle_depth(self.levels, self.cost, target).to(self.a.device)
+            return lambda i, s, h, row, pos: best[row, pos] > i + 1
+        if kind in SCORES:
+            t = calibrate(self.model, self.calib, self.a, kind, self.cost, target, self.scores[kind])
+            return threshold_policy(SCORES[kind](self.model), t)
+        return scheduled_policy(schedule(kind, self.cost.mean(0).tolist(), target), self.a.seed)
+
+
+def compare_policies(model, x, calib, a, kinds, targets, full, bar):
+    """One model on windows x under each kind of policy at each setting.
+
+    targets: FLOPs a token of each setting; None where the model's own tau decides. full: FLOPs a token of fixed depth.
+    Returns the rows of ppl's table, and what the model does at its own tau, see by_depth().
+    """
+    maker, own, T = PolicyMaker(model, x, calib, kinds if targets else [], a), {}, x.size(1) - 1
+    rows = []
+    for d in range(1, model.cfg.n_iter + 1):  # without halting, but stopped after d iterations
+        depth, flops = torch.full(maker.levels.shape[:2], d), float(cost_table(model.cfg, T, d)[:, d - 1].mean())
+        rows.append(make_row('fixed depth', f'max_iter {d}', depth, maker.levels[..., d - 1], flops, full))
+    for setting, target in targets.items():
         learned = None
         for kind in kinds:
-            how, policy = {}, None
-            if kind == 'learned' and dial == 'own':
-                how = dict(threshold=cfg.tau)
-            elif kind in SCORES:
-                if not float(spent(cost, depth_at(scores[kind], math.inf)).mean()) <= target <= cost[:, -1].mean():
-                    continue  # out of this policy's reach
-                how = dict(threshold=calibrate(model, calib, a, kind, cost, target, scores[kind]))
-                policy = above(SCORES[kind](model), how['threshold'])
-            elif kind in ('foresight', 'oracle'):
-                best = oracle_depth(expected if kind == 'foresight' else levels, cost, target)
-                policy = lambda i, s, h, row, pos: best.to(s.device)[row, pos] > i + 1  # noqa: E731
-            elif kind != 'random' or learned:
-                how = dict(shares=learned['ran'][1:] if kind == 'random' else schedule(kind, cost.mean(0).tolist(), target))
-                policy = blind(how['shares'], a.seed)
-            else:
+            bar.update()
+            itself = kind == 'learned' and target is None
+            policy = None if itself else maker.make(kind, target, learned)
+            if policy is None and not itself:
                 continue
             depth, nll = measure(model, x, a, policy)
-            row = add(kind, dial, depth, nll, float(spent(cost, depth).mean()), **how)
+            rows.append(make_row(kind, setting, depth, nll, float(flops_spent(maker.cost, depth).mean()), full))
             if kind == 'learned':
-                learned, target = row, row['flops']  # the others aim at what it spent here
-                if dial == 'own':
-                    own = by_depth(depth, nll, levels)
+                learned, target = rows[-1], rows[-1]['flops']  # the others aim at what the gates spent on this text
+            if itself:
+                own = by_depth(depth, nll, maker.levels)
     return rows, own
 
 
 def by_depth(depth, nll, levels):
-    """Which tokens halt when. depth, nll (n, T): as the checkpoint runs; levels (n, T, K): where nobody halts.
+    """Which tokens halt when. depth, nll: (n, T), as the model runs; levels: (n, T, K), NLL where no token halts.
 
-    spearman: rank correlations of depth with NLL after d iterations - NLL after K, for d = 1 .. K - 1.
+    spearman: the rank correlations of depth with what the iterations after d save, for d = 1 .. K - 1.
     """
-    groups = [depth == d for d in range(1, levels.size(-1) + 1)]
-    rows = [dict(depth=d, share=float(at.double().mean()), **(dict(nll=float(nll[at].mean()), nobody_halts=float(levels[at][:, -1].mean()),
-                 first_iteration=float(levels[at][:, 0].mean())) if at.any() else {})) for d, at in enumerate(groups, 1)]
+    rows = []
+    for d in range(1, levels.size(-1) + 1):
+        at = depth == d
+        row = dict(depth=d, share=float(at.double().mean()))
+        if at.any():
+            row.update(nll=float(nll[at].mean()), nll_full=float(levels[at][:, -1].mean()), nll_first=float(levels[at][:, 0].mean()))
+        rows.append(row)
     saving = levels[..., :-1] - levels[..., -1:]
     return dict(by_depth=rows, spearman=[spearman(depth.flatten().numpy(), s.flatten().numpy()) for s in saving.unbind(-1)])
 
 
-def over_learned(rows):
-    """Gives each row its NLL over that of the same checkpoint's learned gates (of 'fixed': of the adaptive one's) at exactly its FLOPs, on their
-    curve from tau = 1 to 0, with a paired standard error."""
-    for name in {r['model'] for r in rows if r['policy'] == 'learned'}:
-        judged = (name, 'fixed') if name == 'adaptive' else (name,)
-        first, *_, last = (r for r in rows if (r['model'], r['policy']) == (name, 'fixed depth'))
-        learned = [r for r in rows if (r['model'], r['policy']) == (name, 'learned')]
-        curve = sorted(((r['flops'], r['windows']) for r in [first, last] + learned), key=lambda point: point[0])
-        for r in rows:
-            if r['model'] in judged and r['policy'] not in ('learned', 'fixed depth') and curve[0][0] <= r['flops'] <= curve[-1][0]:
-                j = max(1, next(j for j, (f, _) in enumerate(curve) if f >= r['flops']))
-                (f0, w0), (f1, w1) = curve[j - 1:j + 1]
-                ours = w0 + (w1 - w0) * (r['flops'] - f0) / (f1 - f0)
-                r.update(over_learned=float(r['nll'] - ours.mean()), over_learned_se=spread(lambda x, y: x - y, r['windows'], ours))
+def add_comparisons(rows, main):
+    """Give rows their NLL over the main model's learned gates at the same FLOPs, and the share of the gain they retain.
+
+    The gates' NLL is interpolated between the settings, and ends at tau = 1 and 0. The error is paired, over windows.
+    """
+    ends = [r for r in rows if (r['model'], r['policy']) == (main, 'fixed depth')]
+    learned = [r for r in rows if (r['model'], r['policy']) == (main, 'learned')]
+    curve = sorted([ends[0], *learned, ends[-1]], key=lambda r: r['flops'])
+    flops = np.array([r['flops'] for r in curve])
+    for r in rows if learned else []:
+        itself = r['model'] == main and r['policy'] in ('learned', 'fixed depth')
+        if itself or not flops[0] <= r['flops'] <= flops[-1]:
+            continue
+        j = max(1, int(np.searchsorted(flops, r['flops'])))
+        weight = (r['flops'] - flops[j - 1]) / (flops[j] - flops[j - 1])
+        difference = r['windows'] - (1 - weight) * curve[j - 1]['windows'] - weight * curve[j]['windows']
+        r.update(over_learned=float(difference.mean()), over_learned_se=standard_error(difference))
+    whole = {r['model']: r['nll'] for r in rows if r['policy'] == 'fixed depth'}  # the last one: all iterations
+    gain = whole.get('vanilla', 0) - whole.get('fixed', math.inf)
+    for r in rows:
+        if gain > 0 and r['model'] != 'vanilla':
+            r['retained'] = (whole['vanilla'] - r['nll']) / gain
+
+
+def rivals_of(a, main):
+    """The other models that the command line names: name -> path."""
+    rivals = {name: path for name, path in (('vanilla', a.vanilla), ('fixed', a.fixed), ('rival', a.rival)) if path}
+    for other in a.others:
+        name, equals, path = other.partition('=')
+        if not (name and path) or name in rivals or name == main:
+            raise UsageError(f'--others takes NAME=CKPT, with a name of its own for each, not {other!r}')
+        rivals[name] = os.path.expanduser(path)
+    rivals.pop(main, None)
+    return rivals
 
 
 def ppl(a):
-    """Validation perplexity at equal FLOPs under every halting policy, over the whole compute dial, with thresholds set on other text."""
-    model, state = load(a.ckpt, a)
+    """Perplexity on the val split under every halting policy at equal FLOPs, with thresholds set on other text."""
+    model, state = load(a.ckpt, a.device)
     cfg, config = model.cfg, state.get('train_config', {})
-    folder = a.data or config.get('data_dir') or fail('give --data, a folder that prepare_data.py made')
-    x, calib = windows(a, folder, model, state)
-    full = float(costs(replace(cfg, halting=False), x.size(1) - 1)[:, -1].mean())  # fixed depth has no gates to pay for
-    main = 'vanilla' if cfg.n_iter == 1 else 'adaptive' if cfg.halting else 'fixed'
-    others = [('vanilla', a.vanilla), ('vanilla longer', a.vanilla_longer), ('fixed', a.fixed)]
-    for other in a.others:
-        name, equals, path = other.partition('=')
-        if not (name and equals and path) or name in ('adaptive', *dict(others)):
-            fail(f'--others takes NAME=CKPT, with a name of its own for each, not {other!r}')
-        others.append((name, path))
+    folder = a.data or config.get('data_dir')
+    if not folder:
+        raise UsageError('give --data, a folder that prepare_data.py made')
+    x, calib = pick_windows(a, folder, model, state)
+    full = float(cost_table(replace(cfg, halting=False), cfg.block_size)[:, -1].mean())
+    gates = cfg.halting and cfg.n_iter > 1
+    main = 'adaptive' if gates else 'fixed' if cfg.n_iter > 1 else 'vanilla'
+    kinds = [k for k in POLICIES if k == 'learned' or k in a.policies]
+    exits = [k for k in kinds if k in ('confidence', 'convergence')]
+    shares = {f'save {share:.3g}': (1 - share) * full for share in a.save} if cfg.n_iter > 1 else {}
+    if not gates:  # random halting copies the gates' shares
+        kinds = [k for k in kinds if k not in ('learned', 'random')]
+    targets = {'own tau': None, **shares} if gates else shares
+    others = rivals_of(a, main)
+    early = [name for name in others if name in ('fixed', 'rival')]
+
     rows, runs = [], {}
-    for name, path in [(main, a.ckpt)] + [(name, path) for name, path in others if path]:
-        m, st = (model, state) if path == a.ckpt else load(path, a)
-        if (m.cfg.vocab_size, m.cfg.block_size) != (cfg.vocab_size, cfg.block_size):
-            fail(f'{path} has another vocabulary or block_size than {a.ckpt}: they cannot be compared')
-        kinds = [k for k in POLICIES if k in a.policies and (m.cfg.halting or k not in ('learned', 'random'))]  # these two need gates
-        dials = ['own'] * m.cfg.halting + a.save
-        if path != a.ckpt and name == 'fixed':
-            kinds, dials = [k for k in kinds if k in ('confidence', 'convergence')], a.save
-        elif path != a.ckpt:  # as it was trained
-            dials = ['own'] * m.cfg.halting
-        mine, own = at_equal_flops(m, x, calib, a, kinds, dials, full)
-        rows += [dict(model=name, **r) for r in mine]
-        runs[name] = dict(ckpt=str(path), params=sum(p.numel() for p in m.parameters()), n_iter=m.cfg.n_iter, **own)
-        if 'step' in st:
-            t = st['train_config']
-            tokens = st['step'] * t['batch_size'] * t['gradient_accumulation_steps'] * t['block_size']
-            forward = m.cfg.inference_flops(m.cfg.n_iter, (t['block_size'] + 1) / 2)
-            runs[name].update(seed=t['seed'], train_tokens=tokens, train_flops=3 * tokens * forward)
-    over_learned(rows)
-    whole = {r['model']: r['windows'] for r in rows if r['dial'] == f'max_iter {runs[r["model"]]["n_iter"]}'}
-    gain = float((whole['vanilla'] - whole['fixed']).mean()) if {'vanilla', 'fixed'} <= set(whole) else None
+    total = len(targets) * (len(kinds) + len(early) * len(exits)) + len(others) - len(early)
+    with tqdm(total=total, desc='policies', leave=False) as bar:
+        for name, path in {main: a.ckpt, **others}.items():
+            m = model if name == main else load(path, a.device)[0]
+            if (m.cfg.vocab_size, m.cfg.block_size) != (cfg.vocab_size, cfg.block_size):
+                raise UsageError(f'{path} has another vocabulary or block_size than {a.ckpt}: they cannot be compared')
+            if name == main:
+                mine = kinds, targets
+            elif name in early:  # exits that need no training, at the FLOPs of the main model's gates
+                mine = exits, targets | {r['setting']: r['flops'] for r in rows if r['policy'] == 'learned'}
+            else:  # as it was trained
+                mine = ['learned'], {'own tau': None} if m.cfg.halting and m.cfg.n_iter > 1 else {}
+            measured, own = compare_policies(m, x, calib, a, *mine, full, bar)
+            rows += [dict(model=name, **r) for r in measured]
+            runs[name] = dict(ckpt=str(path), parameters=sum(p.numel() for p in m.parameters()), n_iter=m.cfg.n_iter, **own)
+    add_comparisons(rows, main)
     for r in rows:
-        w = r.pop('windows')
-        if gain and gain > 0 and r['model'] != 'vanilla':
-            sample = whole['vanilla'], w, whole['fixed']
-            r.update(retained=float(retained(*(s.mean() for s in sample))), retained_se=spread(retained, *sample))
+        del r['windows']
+    print(f'{a.ckpt}: {cfg.n_layer} layers, width {cfg.n_embd}, K = {cfg.n_iter}, {runs[main]["parameters"]:,} parameters. '
+          f'{folder}: {len(x)} windows of {cfg.block_size} tokens measured, {len(calib)} others to set thresholds.')
+    print_ppl(rows, runs[main])
+    group = a.group or f'{Path(folder).name}, {cfg.n_layer} layers of width {cfg.n_embd}'
+    report(a, group=group, config=asdict(cfg), train_config=config, data=str(folder), tokens=x[:, 1:].numel(),
+           full_flops=full, runs=runs, rows=rows)
 
-    print(f'{a.ckpt}: {cfg.n_layer} layers, width {cfg.n_embd}, K = {cfg.n_iter}, {runs[main]["params"]:,} parameters. {folder}: {len(x)} windows of '
-          f'{x.size(1) - 1} tokens measured, {len(calib)} others to set thresholds.\nSaved: inference FLOPs, against fixed depth {cfg.n_iter} without gates. '
-          '+-: standard error over windows.\n')
-    shown = []
-    for dial in dict.fromkeys(r['dial'] for r in sorted(rows, key=lambda r: r['policy'] == 'fixed depth')):
-        for r in (r for r in rows if r['dial'] == dial):
-            shown.append([f'{r["model"]}, {r["policy"]}', f'save {dial:.0%}' if isinstance(dial, float) else dial,
-                          f'{r["flops"] / 1e6:.3f}', f'{r["saved"]:.1%}', f'{r["depth"]:.2f}', f'{r["nll"]:.4f}', f'{r["se"]:.4f}',
-                          f'{r["ppl"]:.3f}', *(cell(form, r.get(k)) for k, form in (
-                              ('over_learned', '{:+.4f}'), ('over_learned_se', '{:.4f}'), ('retained', '{:.1%}'), ('retained_se', '{:.1%}')))])
-        shown += [[]] if not str(dial).startswith('max') else []
-    table(['policy', 'dial', 'MFLOPs/token', 'saved', 'depth', 'NLL', '+-', 'ppl', 'over learned', '+-', 'gain kept', '+-'], shown)
-    if gain is not None and gain <= 0:
-        print(f'\nFixed depth does not beat n_iter=1 here ({gain:+.4f} nats): there is no gain to keep.')
-    if 'by_depth' in runs[main]:
+
+def print_ppl(rows, run):
+    """The tables of ppl: its rows by setting, and the tokens of the main model by depth."""
+    print('Saved: inference FLOPs, against fixed depth without gates. +-: standard error over windows.\n')
+    order = list(dict.fromkeys(r['setting'] for r in sorted(rows, key=lambda r: r['policy'] == 'fixed depth')))
+    cells = [[f'{r["model"]}, {r["policy"]}', r['setting'], f'{r["flops"] / 1e6:.3f}', f'{r["saved"]:.1%}', f'{r["depth"]:.2f}',
+              f'{r["nll"]:.4f}', f'{r["se"]:.4f}', f'{r["ppl"]:.3f}', show('{:+.4f}', r.get('over_learned')),
+              show('{:.4f}', r.get('over_learned_se')), show('{:.1%}', r.get('retained'))]
+             for r in sorted(rows, key=lambda r: order.index(r['setting']))]
+    table(['model, policy', 'setting', 'MFLOPs/token', 'saved', 'depth', 'NLL', '+-', 'ppl', 'over learned', '+-', 'gain retained'],
+          cells, left=(0, 1))
+    if 'by_depth' in run:
         print('\nAt its own tau, tokens by depth:')
-        table(['depth', 'share', 'NLL', 'NLL if nobody halts', 'NLL after iteration 1'],
-              [[r['depth'], f'{r["share"]:.1%}', *(cell('{:.4f}', r.get(k)) for k in ('nll', 'nobody_halts', 'first_iteration'))] for r in runs[main]['by_depth']])
-        print('rank correlation of depth with what the iterations after d save: '
-              + ', '.join(f'd = {d}: {cell("{:.3f}", r) or "none"}' for d, r in enumerate(runs[main]['spearman'], 1)))
-    group = a.group or f'{Path(folder).name}, {cfg.n_layer} x {cfg.n_embd}' + (
-        f', objective {cfg.objective}, k {config["k_max"]:g}, lambda {config["ponder_lambda"]:g}' if config and cfg.halting else '')
-    report(a, group=group, config=asdict(cfg), train_config=config, data=str(folder), tokens=x[:, 1:].numel(), full_flops=full, runs=runs, rows=rows)
+        table(['depth', 'share', 'NLL', 'NLL if none halts', 'NLL after iteration 1'],
+              [[r['depth'], f'{r["share"]:.1%}', *(show('{:.4f}', r.get(k)) for k in ('nll', 'nll_full', 'nll_first'))]
+               for r in run['by_depth']])
+        print('Rank correlation of depth with what the iterations after d save: '
+              + ', '.join(f'd = {d}: {show("{:.3f}", r) or "none"}' for d, r in enumerate(run['spearman'], 1)))
 
 
-# results: the JSON files of ppl, several seeds of several settings
+# -----------------------------------------------------------------------------
+# results: means over seeds of several settings, from the JSON files of ppl
 
-def mean_of(values):
-    """Mean and standard deviation over runs; sd None of a single one, None if no run has the value."""
+def mean_sd(values):
+    """Mean and standard deviation over runs: sd None of a single one, all None if no run has the value."""
     values = [v for v in values if v is not None]
-    return dict(mean=float(np.mean(values)), sd=float(np.std(values, ddof=1)) if len(values) > 1 else None) if values else None
+    if not values:
+        return None
+    return dict(mean=float(np.mean(values)), sd=float(np.std(values, ddof=1)) if len(values) > 1 else None)
 
 
 def summary(runs):
-    """One setting over its seeds: mean and spread of every row that all of them have."""
-    keyed = [{(r['model'], r['policy'], r['dial']): r for r in run['rows']} for run in runs]
-    rows = [dict(zip(('model', 'policy', 'dial'), key), **{f: mean_of([rows[key].get(f) for rows in keyed])
-                 for f in ('flops', 'saved', 'depth', 'nll', 'ppl', 'over_learned', 'retained')})
-            for key in keyed[0] if all(key in rows for rows in keyed)]
-
-    def depths(name):
-        return [dict(model=name, depth=d, **{f: mean_of([r.get(f) for r in same]) for f in ('share', 'nll', 'nobody_halts', 'first_iteration')})
-                for d, same in enumerate(zip(*(run['runs'][name]['by_depth'] for run in runs)), 1)]
+    """One setting over its seeds: mean and spread of every row that all of them have, and tokens by depth."""
+    keyed = [{(r['model'], r['policy'], r['setting']): r for r in run['rows']} for run in runs]
+    rows = []
+    for model, policy, setting in keyed[0]:
+        same = [by_key.get((model, policy, setting)) for by_key in keyed]
+        if None not in same:
+            rows.append(dict(model=model, policy=policy, setting=setting, **{
+                field: mean_sd([r.get(field) for r in same])
+                for field in ('flops', 'saved', 'depth', 'nll', 'ppl', 'over_learned', 'retained')}))
+    depths = []
     gated = [name for name in runs[0]['runs'] if all('by_depth' in run['runs'].get(name, {}) for run in runs)]
-    as_trained = [(name, 'learned', 'own') if name in gated else (name, 'fixed depth', f'max_iter {run["n_iter"]}')
-                  for name, run in runs[0]['runs'].items() if name not in ('adaptive', 'vanilla', 'vanilla longer', 'fixed')]
-    return dict(seeds=[run['train_config'].get('seed') for run in runs], data=runs[0]['data'], n_iter=runs[0]['config']['n_iter'], tokens=runs[0]['tokens'],
-                train_flops={name: run.get('train_flops') for name, run in runs[0]['runs'].items()}, rows=rows,
-                others=[r for r in rows if (r['model'], r['policy'], r['dial']) in as_trained], by_depth=[row for name in gated for row in depths(name)],
-                spearman={name: mean_of([run['runs'][name]['spearman'][0] for run in runs]) for name in gated})
+    for name in gated:
+        for d, same in enumerate(zip(*(run['runs'][name]['by_depth'] for run in runs)), 1):
+            depths.append(dict(model=name, depth=d, **{
+                field: mean_sd([r.get(field) for r in same]) for field in ('share', 'nll', 'nll_full', 'nll_first')}))
+    return dict(seeds=[run['train_config'].get('seed') for run in runs], data=runs[0]['data'], tokens=runs[0]['tokens'],
+                n_iter={name: run['n_iter'] for name, run in runs[0]['runs'].items()}, rows=rows, by_depth=depths,
+                spearman={name: mean_sd([run['runs'][name]['spearman'][0] for run in runs]) for name in gated})
+
+
+def show_sd(form, value):
+    """mean ± sd"""
+    if value is None:
+        return ''
+    spread = '' if value['sd'] is None else ' ± ' + form.replace('+', '').format(value['sd'])
+    return form.format(value['mean']) + spread
+
+
+def markdown(header, rows):
+    lines = [header, ['---'] * len(header), *rows]
+    return ''.join('| ' + ' | '.join(line) + ' |\n' for line in lines) + '\n'
+
+
+def as_trained(group):
+    """The row of each model as it was trained: under its own tau, or with all its iterations."""
+    rows = {(r['model'], r['policy'], r['setting']): r for r in group['rows']}
+    found = {}
+    for name, n_iter in group['n_iter'].items():
+        whole = rows.get((name, 'fixed depth', f'max_iter {n_iter}'))
+        found[name] = rows.get((name, 'learned', 'own tau'), whole)
+    return {name: row for name, row in found.items() if row}
+
+
+def group_tables(name, group):
+    """Three Markdown tables of one setting: the models, the policies at equal FLOPs, the tokens by depth."""
+    text = f'## {name}\n\nSeeds: {", ".join(map(str, group["seeds"]))}. As the models were trained:\n\n'
+    text += markdown(['model', 'FLOPs saved', 'mean depth', 'NLL', 'perplexity', 'gain retained', 'rank correlation'], [
+        [model, show_sd('{:.1%}', r['saved']), show_sd('{:.2f}', r['depth']), show_sd('{:.4f}', r['nll']),
+         show_sd('{:.3f}', r['ppl']), show_sd('{:.1%}', r['retained']), show_sd('{:.3f}', group['spearman'].get(model))]
+        for model, r in as_trained(group).items()])
+    rows = [r for r in group['rows'] if r['policy'] != 'fixed depth']
+    settings = list(dict.fromkeys(r['setting'] for r in rows))
+    cells = []
+    for model, policy in dict.fromkeys((r['model'], r['policy']) for r in rows):
+        mine = {r['setting']: r for r in rows if (r['model'], r['policy']) == (model, policy)}
+        if policy == 'learned':
+            cells.append([f'{model}: FLOPs saved', *(show_sd('{:.1%}', mine.get(s, {}).get('saved')) for s in settings)])
+            cells.append([f'{model}: NLL', *(show_sd('{:.4f}', mine.get(s, {}).get('nll')) for s in settings)])
+        else:
+            cells.append([f'{model}, {policy}', *(show_sd('{:+.4f}', mine.get(s, {}).get('over_learned')) for s in settings)])
+    if cells:
+        text += 'The learned gates, and how much higher the NLL of other policies is at the same FLOPs:\n\n'
+        text += markdown(['', *settings], cells)
+    if group['by_depth']:
+        text += 'Tokens by the depth at which they halt:\n\n'
+        text += markdown(['model', 'depth', 'share', 'NLL', 'NLL if none halts', 'NLL after iteration 1'], [
+            [r['model'], str(r['depth']), show_sd('{:.1%}', r['share']),
+             *(show_sd('{:.3f}', r[k]) for k in ('nll', 'nll_full', 'nll_first'))] for r in group['by_depth']])
+    return text
 
 
 def results(a):
-    """Mean and spread over the seeds of each setting, from JSON files of ppl: results.json, results.md and two pictures."""
-    found = {}
+    """Means over the seeds of each setting, from JSON files of ppl, or from a results.json: results.json, results.md, two pictures."""
+    found, groups = defaultdict(list), {}
     for path in a.files:
         try:
-            run = json.loads(Path(path).read_text())
-            found.setdefault(run['group'], []).append(run)
-        except (OSError, ValueError, KeyError, TypeError):
-            fail(f'{path} was not written by bench.py ppl --json')
-    groups = {name: summary(runs) for name, runs in found.items()}
-
-    def get(g, model, policy, dial, field, form):
-        """mean ± sd"""
-        m = next((r[field] for r in g['rows'] if (r['model'], r['policy'], r['dial']) == (model, policy, dial)), None)
-        return show(m, form)
-
-    def show(m, form):
-        return cell(form, m and m['mean']) + (f' ± {form.replace("+", "").format(m["sd"])}' if m and m['sd'] is not None else '')
-
-    def markdown(header, rows):
-        return '\n'.join('| ' + ' | '.join(r) + ' |' for r in [header, ['---'] * len(header)] + rows) + '\n'
-    head, dials, depths, others = [], [], [], []
-    rivals = [('adaptive', p) for p in POLICIES[1:]] + [('fixed', p) for p in ('confidence', 'convergence')]
-    for name, g in groups.items():
-        def learned(dial, model='adaptive', **forms):
-            return [get(g, model, 'learned', dial, f, form) for f, form in forms.items()]
-        head.append([name, str(len(g['seeds'])), *(get(g, m, 'fixed depth', f'max_iter {d}', 'ppl', '{:.3f}')
-                     for m, d in (('vanilla', 1), ('vanilla longer', 1), ('fixed', g['n_iter']))),
-                     *learned('own', ppl='{:.3f}', depth='{:.2f}', saved='{:.1%}', retained='{:.1%}'), show(g['spearman'].get('adaptive'), '{:.3f}')])
-        dials += [[name, r['model'], 'own tau' if r['dial'] == 'own' else f'save {r["dial"]:.0%}', *learned(r['dial'], r['model'], saved='{:.1%}', nll='{:.4f}', retained='{:.1%}'),
-                   *(get(g, r['model'] if m == 'adaptive' else m, p, r['dial'], 'over_learned', '{:+.4f}') for m, p in rivals)] for r in g['rows'] if r['policy'] == 'learned']
-        depths += [[name, r['model'], str(r['depth']), show(r['share'], '{:.1%}'), *(show(r[f], '{:.3f}') for f in ('nll', 'nobody_halts', 'first_iteration'))]
-                   for r in g['by_depth']]
-        others += [[name, r['model'], *(show(r[f], form) for f, form in (('saved', '{:.1%}'), ('nll', '{:.4f}'), ('ppl', '{:.3f}'), ('retained', '{:.1%}'))),
-                    show(g['spearman'].get(r['model']), '{:.3f}')] for r in g['others']]
-    text = ('Mean ± standard deviation over seeds; NLL in nats a token; saved: inference FLOPs against fixed depth without gates.\n\n'
-            + markdown(['setting', 'seeds', 'ppl n_iter=1', 'n_iter=1, longer', 'fixed depth', 'adaptive', 'mean depth', 'saved', 'gain kept',
-                        'rank correlation'], head)
-            + '\nThe learned gates over the dial, and by how much the NLL of each other policy is above theirs at the same FLOPs:\n\n'
-            + markdown(['setting', 'model', 'dial', 'saved', 'NLL', 'gain kept'] + [p + ', fixed depth' * (m == 'fixed') for m, p in rivals], dials)
-            + '\nTokens by the depth at which they halt:\n\n'
-            + markdown(['setting', 'model', 'depth', 'share', 'NLL', 'NLL if nobody halts', 'NLL after iteration 1'], depths)
-            + ('\nOther models, as they were trained:\n\n' + markdown(['setting', 'model', 'saved', 'NLL', 'ppl', 'gain kept', 'rank correlation'], others) if others else ''))
+            record = json.loads(Path(path).read_text(encoding='utf-8-sig'))
+            if 'groups' in record:  # an earlier results.json
+                groups.update(record['groups'])
+            else:
+                found[record['group']].append(record)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise UsageError(f'{path} is not a JSON file of bench.py ppl, nor a results.json') from None
+    try:
+        groups.update({name: summary(runs) for name, runs in found.items()})
+        text = 'Mean ± standard deviation over seeds. NLL in nats a token; saved: inference FLOPs, against fixed depth without gates.\n\n'
+        text += ''.join(group_tables(name, group) for name, group in groups.items())
+    except (KeyError, TypeError, AttributeError, IndexError):
+        raise UsageError(f'{", ".join(a.files)}: not all are JSON files of this version of bench.py ppl') from None
     print(text)
     write(Path(a.out) / 'results.md', text)
-    write(Path(a.out) / 'results.json', json.dumps(groups, indent=1))
+    write(Path(a.out) / 'results.json', json.dumps(dict(groups=groups), indent=1))
     plt = pyplot()
     if plt:
-        save_figure(plt, draw_iso_flops(plt, groups), Path(a.out) / 'isoflops.png')
-        save_figure(plt, draw_by_depth(plt, groups), Path(a.out) / 'nll_by_depth.png')
+        save_figure(plt, draw_groups(plt, groups, draw_iso_flops, 5.5, 4.2), Path(a.out) / 'isoflops.png')
+        save_figure(plt, draw_groups(plt, groups, draw_by_depth, 4, 3), Path(a.out) / 'nll_by_depth.png')
     report(a, groups=groups)
 
 
-def panels(plt, groups, width, height):
-    """A figure with a panel of width x height inches for each setting, in about as many rows as columns: (figure, axes (rows, columns))."""
-    columns = math.ceil(len(groups) ** 0.5)
-    rows = -(-len(groups) // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False,
-                             gridspec_kw=dict(hspace=1.4 / height))  # labels of one row and titles of the next take inches, not shares
-    for ax in axes.flat[len(groups):]:
-        ax.remove()
-    return fig, axes
-
-
-def draw_iso_flops(plt, groups):
-    """NLL against FLOPs saved, a panel a setting. Bars: standard deviation over seeds of the distance to the learned gates."""
-    fig, axes = panels(plt, groups, 5.5, 4.2)
-    marks = dict(zip(dict.fromkeys(r['model'] for g in groups.values() for r in g['others'] if r['policy'] != 'learned'), cycle('s^vD')))
-    for ax, (name, g) in zip(axes.flat, groups.items()):
-        levels = []
-        for model, dial, text, style, va in (('vanilla', 'max_iter 1', 'n_iter=1', ':', 'bottom'),
-                                             ('fixed', f'max_iter {g["n_iter"]}', f'fixed depth {g["n_iter"]}', '--', 'top')):
-            for y in [r['nll']['mean'] for r in g['rows'] if (r['model'], r['dial']) == (model, dial)]:
-                levels.append(y)
-                ax.axhline(y, color='grey', lw=1, ls=style)
-                ax.annotate(text, (0.99, y), xycoords=('axes fraction', 'data'), fontsize=7, ha='right', va=va, color='grey')
-        for model, policy in dict.fromkeys((r['model'], r['policy']) for r in g['rows'] if r['policy'] != 'fixed depth'):
-            points = sorted((100 * r['saved']['mean'], r['nll']['mean'], (r['over_learned'] or {}).get('sd') or 0)
-                            for r in g['rows'] if (r['model'], r['policy']) == (model, policy) and r['dial'] != 'own')
-            if points and model in ('adaptive', 'fixed'):
-                ours, colour = model == 'adaptive', 'black' if policy == 'learned' else f'C{POLICIES.index(policy)}'
-                ax.errorbar(*zip(*points), label=policy + ' on fixed depth' * (model == 'fixed'), color=colour,
-                            lw=2.2 if policy == 'learned' else 1.1, marker='o' if ours else 'x', ms=4, ls='-' if ours else ':', capsize=2)
-        trained = sorted((100 * r['saved']['mean'], r['nll']['mean']) for r in g['rows'] if (r['policy'], r['dial']) == ('learned', 'own'))
-        if trained:
-            ax.plot(*zip(*trained), '*--', color='black', lw=1, ms=13, label='learned, trained for this budget')
-        for r in (r for r in g['others'] if r['policy'] != 'learned'):
-            ax.plot(100 * r['saved']['mean'], r['nll']['mean'], marks[r['model']], color='grey', ms=6, label=r['model'])
-        ax.set(xlabel=f'inference FLOPs saved against fixed depth {g["n_iter"]}, %', ylabel='validation NLL, nats a token')
+def draw_groups(plt, groups, draw, width, height):
+    """A figure with a panel of width x height inches for each setting, side by side."""
+    fig, axes = plt.subplots(1, len(groups), figsize=(width * len(groups), height), squeeze=False)
+    for ax, (name, group) in zip(axes.flat, groups.items()):
+        draw(ax, group)
         ax.set_title(name, fontsize=9)
-        if len(levels) == 2:  # what is far worse than one pass may leave the picture
-            ax.set_ylim(top=levels[0] + 1.5 * (levels[0] - levels[1]))
-    names = {name: mark for ax in axes.flat for mark, name in zip(*ax.get_legend_handles_labels())}
-    axes[0, -1].legend(names.values(), names, fontsize=7, loc='upper left', bbox_to_anchor=(1.01, 1))
+    fig.tight_layout()
     return fig
 
 
-def draw_by_depth(plt, groups):
+def draw_iso_flops(ax, group):
+    """NLL against FLOPs saved, a line a policy. Bars: standard deviation over seeds of the distance to the learned gates."""
+    levels = []
+    for name, row in as_trained(group).items():
+        if row['policy'] == 'fixed depth' and name in ('vanilla', 'fixed'):
+            levels.append(row['nll']['mean'])
+            ax.axhline(levels[-1], color='grey', lw=1, ls='--' if name == 'fixed' else ':', label=f'{name}, n_iter={group["n_iter"][name]}')
+        elif row['policy'] == 'fixed depth':
+            ax.plot(100 * row['saved']['mean'], row['nll']['mean'], 's', ms=6, label=name)
+    rows = [r for r in group['rows'] if r['policy'] in POLICIES]
+    for model, policy in dict.fromkeys((r['model'], r['policy']) for r in rows):
+        points = sorted((100 * r['saved']['mean'], r['nll']['mean'], (r['over_learned'] or {}).get('sd') or 0)
+                        for r in rows if (r['model'], r['policy']) == (model, policy))
+        learned, main = policy == 'learned', model in ('adaptive', 'fixed')
+        ax.errorbar(*zip(*points), label=policy if model == 'adaptive' else f'{model}, {policy}',
+                    color='black' if learned else f'C{POLICIES.index(policy)}', lw=2.2 if learned else 1.1,
+                    marker='o' if main else 'x', ms=4, ls='-' if model == 'adaptive' else ':', capsize=2)
+    ax.set(xlabel='inference FLOPs saved, %', ylabel='validation NLL, nats a token')
+    if len(levels) == 2 and levels[0] > levels[1]:  # what is far worse than n_iter=1 may leave the picture
+        ax.set_ylim(top=levels[0] + 1.5 * (levels[0] - levels[1]))
+    ax.legend(fontsize=7)
+
+
+def draw_by_depth(ax, group):
     """Mean NLL of the tokens that halted at each depth; the width of a bar is their share."""
-    fig, axes = panels(plt, groups, 4, 3)
-    for ax, (name, g) in zip(axes.flat, groups.items()):
-        rows = [r for r in g['by_depth'] if r['model'] == 'adaptive']
-        for r in (r for r in rows if r['nll'] and r['share']['mean'] >= 5e-4):  # whose share does not read 0.0%
+    rows = [r for r in group['by_depth'] if r['model'] == 'adaptive']
+    for r in rows:
+        if r['nll'] and r['share']['mean'] >= 5e-4:  # whose share does not read 0.0%
             ax.bar(r['depth'], r['nll']['mean'], 0.1 + 0.8 * r['share']['mean'], yerr=r['nll']['sd'] or 0, color='C0', capsize=3)
-        ax.set_xticks([r['depth'] for r in rows], [f'{r["depth"]}\n{r["share"]["mean"]:.1%}' for r in rows])
-        ax.set(xlabel='depth, iterations; share of the tokens', xlim=(0.4, g['n_iter'] + 0.6))
-        ax.set_ylim(bottom=0)
-        ax.set_title(name, fontsize=9)
-    for ax in axes[:, 0]:
-        ax.set_ylabel('NLL, nats a token')
-    return fig
+    ax.set_xticks([r['depth'] for r in rows], [f'{r["depth"]}\n{r["share"]["mean"]:.1%}' for r in rows])
+    ax.set(xlabel='depth, iterations; share of the tokens', ylabel='NLL, nats a token')
+    ax.set_ylim(bottom=0)
 
 
-# flops and speed, of a checkpoint or of random weights in the shape of a config file
-
-def model_of(a, path):
-    if not path.endswith('.py'):
-        return load(path, a)
-    torch.manual_seed(a.seed)
-    return AdaPonderLM(shape_of(path)[0]).to(a.device).eval().requires_grad_(False), {}
-
+# -----------------------------------------------------------------------------
+# flops: the formula beside what FlopCounterMode counts
 
 @torch.inference_mode()
-def count(model, tokens, share):
-    """A packed pass over one sequence under forced(share). Returns FLOPs as FlopCounterMode sees them, FLOPs by formula, both
-    dict(products, attention), and depth (1, tokens)."""
-    def sdpa(q, k, v, *rest, out_shape=None, **kw):  # the counter does not know the CPU's kernel
-        return sdpa_flop_count(q, k, v)
-    device = model.embed.weight.device
-    x = torch.randint(model.cfg.vocab_size, (1, tokens), device=device)
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa}) as counter:
-        out = model(x, execution='packed', policy=forced(share, model.cfg.n_iter))
+def count_flops(model, tokens, share):
+    """Run one sequence packed under even_policy(share) and count. Returns counted and formula, both dict(products, attention), and depth.
+
+    products is everything with a weight: it equals the formula. attention is computed for all queries of a sequence and
+    whole rectangles of keys, while the formula counts the tokens that run and the keys that they see.
+    """
+    cfg, device = model.cfg, model.embed.weight.device
+    vocabulary = []
+
+    def sdpa(q, k, v, *rest, out_shape=None, **kw):  # shapes. The counter does not know the CPU's kernel
+        flops = sdpa_flop_count(q, k, v)
+        if tuple(k) == (1, 1, cfg.vocab_size, cfg.n_embd):  # AdaPonderLM.ponder() on a CPU: products with U and V
+            vocabulary.append(flops)
+        return flops
+    x = torch.randint(cfg.vocab_size, (1, tokens), device=device)
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with FlopCounterMode(display=False, custom_mapping={kernel: sdpa}) as counter:
+        out = model(x, execution='packed', policy=even_policy(share, cfg.n_iter))
         out.logits
     seen = counter.get_flop_counts()['Global']
-    attention = sum(n for op, n in seen.items() if 'scaled_dot_product' in str(op) or 'bmm' in str(op))
-    context = torch.arange(1, tokens + 1, device=device)
-    formula = float((out.depth * model.cfg.flops(context)['attention']).sum())
-    return (dict(products=sum(seen.values()) - attention, attention=attention),
-            dict(products=float(model.cfg.inference_flops(out.depth, context).sum()) - formula, attention=formula), out.depth)
+    attention = sum(n for op, n in seen.items() if 'scaled_dot_product' in str(op)) - sum(vocabulary)
+    depth, context = out.depth.cpu(), torch.arange(1, tokens + 1, dtype=torch.float64)
+    formula = float((depth * cfg.flops(context)['attention']).sum())
+    counted = dict(products=sum(seen.values()) - attention, attention=attention)
+    return counted, dict(products=float(cfg.inference_flops(depth, context).sum()) - formula, attention=formula), depth
 
 
 def flops(a):
-    """Parameters and forward FLOPs a token by part and depth, by formula and as FlopCounterMode counts them in a pass that runs."""
-    result = []
-    for path in a.config + a.ckpt or fail('give --config or --ckpt'):
-        cfg = shape_of(path)[0] if path.endswith('.py') else load(path, a)[0].cfg
+    """Parameters and forward FLOPs a token by part and depth, by formula and as FlopCounterMode counts them in a run."""
+    if not a.config + a.ckpt:
+        raise UsageError('give --config or --ckpt')
+    found = []
+    for path in a.config + a.ckpt:
+        cfg = config_of(path)[0] if path.endswith('.py') else load(path, a.device)[0].cfg
         T, K = a.context or cfg.block_size, cfg.n_iter
-        context = (T + 1) / 2
+        context = (T + 1) / 2  # keys that a token sees, on average
         f, vanilla = cfg.flops(context), replace(cfg, n_iter=1).inference_flops(1, context)
-        params, gates = count_parameters(cfg), count_parameters(cfg, 'gates')
-        print(f'{path}: {params:,} parameters, {2 * cfg.vocab_size * cfg.n_embd:,} of them in the two embedding tables and {gates:,} in gates; '
-              f'{cfg.n_layer} layers, width {cfg.n_embd}, vocabulary {cfg.vocab_size}, K = {K}. MFLOPs of a token in a causal pass over {T} tokens:')
-        rows = [dict(depth=d, linear=d * f['linear'], attention=d * f['attention'], unembed=f['unembed'], ponder=(d - 1) * f['ponder'],
-                     gates=min(d, K - 1) * f['gate'], total=cfg.inference_flops(d, context), x_vanilla=cfg.inference_flops(d, context) / vanilla)
-                for d in range(1, K + 1)]
-        table([k.replace('_', ' ') for k in rows[0]], [[r['depth'], *(f'{v / 1e6:.3f}' for v in list(r.values())[1:-1]), f'{r["x_vanilla"]:.3f}'] for r in rows])
+        parameters = count_parameters(cfg)
+        rows = []
+        for d in range(1, K + 1):
+            total = cfg.inference_flops(d, context)
+            rows.append(dict(depth=d, linear=d * f['linear'], attention=d * f['attention'], unembed=f['unembed'],
+                             ponder=(d - 1) * f['ponder'], gates=min(d, K - 1) * f['gate'], total=total, x_vanilla=total / vanilla))
+        print(f'{path}: {parameters:,} parameters, {2 * cfg.vocab_size * cfg.n_embd:,} of them in the two embedding tables and '
+              f'{count_parameters(cfg, "gates"):,} in gates. MFLOPs of a token in a causal pass over {T} tokens:')
+        table([name.replace('_', ' ') for name in rows[0]],
+              [[r['depth'], *(f'{v / 1e6:.3f}' for v in list(r.values())[1:-1]), f'{r["x_vanilla"]:.3f}'] for r in rows])
         counted = None
-        if params <= a.count_below:
+        if parameters <= a.count_below:
             n = min(a.count_tokens, cfg.block_size)
-            seen, formula, depth = count(model_of(a, path)[0], n, 0.5)
+            seen, formula, depth = count_flops(load_or_make(path, a)[0], n, share=0.5)
             counted = dict(tokens=n, depth=float(depth.double().mean()), seen=seen, formula=formula)
-            ratio = {k: seen[k] / formula[k] for k in seen}
-            print(f'Counted in a packed pass over {n} tokens, mean depth {counted["depth"]:.2f}: matrix products {seen["products"] / 1e6:.2f} M, '
-                  f'{ratio["products"]:.4f} x formula; attention {seen["attention"] / 1e6:.2f} M, {ratio["attention"]:.2f} x (with masked keys).\n')
+            print(f'Counted in a packed run of {n} tokens, mean depth {counted["depth"]:.2f}: '
+                  f'products {seen["products"] / 1e6:.2f} M, {seen["products"] / formula["products"]:.4f} x formula; attention '
+                  f'{seen["attention"] / 1e6:.2f} M, {seen["attention"] / formula["attention"]:.2f} x (all queries, masked keys).\n')
         else:
             print(f'Not counted: more than --count_below {a.count_below:,} parameters.\n')
-        result.append(dict(path=path, config=asdict(cfg), parameters=params, context=context, depths=rows, counted=counted))
-    report(a, configs=result)
+        found.append(dict(path=path, config=asdict(cfg), parameters=parameters, context=context, depths=rows, counted=counted))
+    report(a, configs=found)
 
 
-def twin(model, **change):
-    """The same weights under another config: fixed depth, one iteration."""
-    with torch.device('meta'):
-        other = AdaPonderLM(replace(model.cfg, **change))
-    own = model.state_dict()
-    other.load_state_dict({k: own[k] for k in other.state_dict()}, assign=True)
-    return other.eval().requires_grad_(False)
-
+# -----------------------------------------------------------------------------
+# speed: the clock, of a checkpoint or of random weights in the shape of a config file
 
 def seconds(fn, device):
-    """Runs fn. Returns the seconds that it took, and what it returned."""
-    if torch.device(device).type == 'cuda':
+    """Run fn. Returns the seconds that it took, and what it returned."""
+    cuda = torch.device(device).type == 'cuda'
+    if cuda:
         torch.cuda.synchronize()
-    t = time.perf_counter()
+    start = time.perf_counter()
     out = fn()
-    if torch.device(device).type == 'cuda':
+    if cuda:
         torch.cuda.synchronize()
-    return time.perf_counter() - t, out
+    return time.perf_counter() - start, out
 
 
 @torch.inference_mode()
 def time_prefill(model, x, **kw):
-    """A pass over prompts x (B, T) that ends in the logits of their last tokens: dict(seconds, tokens, flops, depth)."""
+    """Run prompts x (B, T) and make the logits of their last tokens: dict(seconds, tokens, flops, depth)."""
     def run():
         out = model(x, **kw)
         model.unembed(out.hidden[:, -1])
         return out
     t, out = seconds(run, x.device)
-    unembed = model.cfg.flops(0)['unembed']
-    each = model.cfg.inference_flops(out.depth, torch.arange(1, x.size(1) + 1, device=x.device)) - unembed
-    return dict(seconds=t, tokens=x.numel(), flops=float(each.sum()) + len(x) * unembed, depth=float(out.depth.double().mean()))
+    depth, context = out.depth.cpu(), torch.arange(1, x.size(1) + 1, dtype=torch.float64)
+    unembed = model.cfg.flops(0)['unembed']  # of the last token alone
+    flops = float((model.cfg.inference_flops(depth, context) - unembed).sum()) + len(x) * unembed
+    return dict(seconds=t, tokens=x.numel(), flops=flops, depth=float(depth.double().mean()))
 
 
-def attention_ways(cfg, T, share, device, dtype):
-    """How a share of T tokens may attend to all of them: name -> function of no arguments, the first one with all tokens as queries; all agree."""
-    K, V, q = torch.randn(3, 1, cfg.n_head, T, cfg.head_size, device=device, dtype=dtype).unbind()
-    pos = torch.randperm(T, device=device)[:max(1, round(T * share))].sort().values
-    row, mask = torch.zeros_like(pos), torch.arange(T, device=device) <= pos[:, None]
-    x, k, v = (t[0, :, pos].transpose(0, 1) for t in (q, K, V))  # (n, nh, hs)
-    ways = {'every token': lambda: F.scaled_dot_product_attention(q, K, V, is_causal=True)[0, :, pos].transpose(0, 1),
-            'packed_attention': lambda: packed_attention(x, k, v, (K, V), (row, pos, [len(pos)]))[0],
-            'queries at their places': lambda: F.scaled_dot_product_attention(
-                torch.zeros_like(q).index_copy(2, pos, x.transpose(0, 1)[None]), K, V, is_causal=True)[0, :, pos].transpose(0, 1),
-            'boolean mask': lambda: F.scaled_dot_product_attention(x.transpose(0, 1)[None], K, V, attn_mask=mask)[0].transpose(0, 1)}
-    if torch.device(device).type == 'cuda':
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-        flex = torch.compile(flex_attention)
-        blocks = create_block_mask(lambda b, h, i, j: j <= pos[i], None, None, len(pos), T, device=device)
-        ways['flex_attention'] = lambda: flex(x.transpose(0, 1)[None], K, V, block_mask=blocks)[0].transpose(0, 1)
-    return ways
+def time_decode(model, prompts, n, policy=None):
+    """The same for decoding n tokens a prompt in as many slots: from when every prompt is in until so many tokens are out."""
+    context, flops = [len(p) + 1 for p in prompts], 0.0
+    steps = stream(model, prompts, 2 * n, temperature=0, policy=policy, slots=len(prompts))  # more than n: no slot runs dry
+    for _ in range(len(prompts)):
+        next(steps)  # the first token of each comes with its prefill
+    t, made = seconds(lambda: list(islice(steps, n * len(prompts))), model.embed.weight.device)
+    steps.close()
+    for step in made:
+        flops += model.cfg.inference_flops(step.depth, context[step.seq])
+        context[step.seq] += 1
+    return dict(seconds=t, tokens=len(made), flops=float(flops), depth=sum(s.depth for s in made) / len(made))
 
 
-def training_step(model, x, bf16, execution='dense', policy=None):
-    """A step of a plain loop on x (B, T + 1): a function that returns dict(seconds, tokens, and for a model of ours flops and depth)."""
+def training_step(model, x, a, execution='dense', policy=None):
+    """A step of a plain training loop on x (B, T + 1): a function that returns dict(seconds, tokens, flops, depth)."""
     model.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=x.device.type in ('cpu', 'cuda'))
-    T, ours = x.size(1) - 1, isinstance(model, AdaPonderLM)
 
     def step():
-        nonlocal x
-        x = x.roll(1, 1)  # gates see other text in every step, and sizes change as they do in training
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-            out = model(x[:, :-1], x[:, 1:], k=0.1, ponder_lambda=0.1, execution=execution, policy=policy) if ours else model(x[:, :-1])
-            loss = out.loss if ours else F.cross_entropy(out.logits.flatten(0, 1).float(), x[:, 1:].flatten())
-        loss.backward()
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=a.dtype == 'bfloat16'):
+            out = model(x[:, :-1], x[:, 1:], execution=execution, policy=policy, k=0.1)
+        out.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -780,252 +851,244 @@ def training_step(model, x, bf16, execution='dense', policy=None):
 
     def timed():
         t, out = seconds(step, x.device)
-        if not ours:
-            return dict(seconds=t, tokens=len(x) * T)
-        ran = out.depth if execution == 'packed' else torch.full_like(out.depth, model.cfg.n_iter)  # dense computes all passes
-        return dict(seconds=t, tokens=len(x) * T, depth=float(ran.double().mean()), flops=3 * float(model.cfg.inference_flops(ran, (T + 1) / 2).sum()))
+        depth = out.depth.cpu() if execution == 'packed' else torch.full(out.depth.shape, model.cfg.n_iter)  # dense runs all
+        flops = 3 * float(model.cfg.inference_flops(depth, x.size(1) / 2).sum())  # the backward pass takes twice the forward's
+        return dict(seconds=t, tokens=depth.numel(), flops=flops, depth=float(depth.double().mean()))
     return timed
 
 
-def in_transformers(model):
-    """transformers' GPTNeoX with the weights of a model of one iteration; None where it is not installed."""
-    try:
-        from transformers import GPTNeoXForCausalLM
-    except ImportError:
-        print('no comparison with transformers: pip install transformers')
-        return None
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        return GPTNeoXForCausalLM.from_pretrained(folder, attn_implementation='sdpa').to(model.embed.weight.device, model.embed.weight.dtype).eval()
+def compiled_graphs():
+    return torch._dynamo.utils.counters['stats']['unique_graphs']
 
 
-def time_decode(model, prompts, n, policy=None):
-    """The same of n tokens a prompt with all slots busy: from when every prompt is in until so many are out, whichever slot made them."""
-    seen, flops = [len(p) + 1 for p in prompts], 0.0
-    steps = model.stream(prompts, n + n // 2 + 8, temperature=0, policy=policy, slots=len(prompts))
-    for _ in islice(steps, len(prompts)):
-        pass
-    t, made = seconds(lambda: list(islice(steps, n * len(prompts))), model.embed.weight.device)
-    steps.close()
-    for step in made:
-        flops += model.cfg.inference_flops(step.depth, seen[step.seq])
-        seen[step.seq] += 1
-    return dict(seconds=t, tokens=len(made), flops=float(flops), depth=sum(s.depth for s in made) / len(made))
+def time_variants(case, variants, rounds):
+    """Run the variants in turn, A B C A B C ...: rows with quartiles of the time a token, and of its ratio to A's in the same round.
 
-
-def race(case, variants, rounds):
-    """Runs the variants in turn, A B C A B C ..., after a warm-up of each. Rows with quartiles of the time a token, and of its ratio to A's, round by round."""
-    runs = {name: [] for name in variants}
-    for r in tqdm(range(rounds + 1), desc=case, leave=False):
+    Before that each runs until it compiles no more graphs, so that compiling and capturing stay outside the timed part.
+    """
+    runs, graphs = {name: [] for name in variants}, {}
+    for name, fn in variants.items():
+        before = compiled_graphs()
+        for _ in range(8):
+            start = compiled_graphs()
+            fn()
+            if compiled_graphs() == start:
+                break
+        graphs[name] = compiled_graphs() - before
+    for _ in tqdm(range(rounds), desc=case, leave=False):
         for name, fn in variants.items():
             runs[name].append(fn())
-    per = {name: np.array([r['seconds'] / r['tokens'] for r in mine[1:]]) for name, mine in runs.items()}
-    first = next(iter(per))
+    first, rows = next(iter(variants)), []
+    per_token = {name: np.array([r['seconds'] / r['tokens'] for r in mine]) for name, mine in runs.items()}
+    flops = {name: mine[0]['flops'] / mine[0]['tokens'] for name, mine in runs.items()}
+    for name in variants:
+        ratio = per_token[name] / per_token[first]
+        rows.append(dict(case=case, variant=name, depth=runs[name][0]['depth'], graphs=graphs[name],
+                         ms_per_token=np.percentile(1e3 * per_token[name], (25, 50, 75)).tolist(),
+                         time_ratio=np.percentile(ratio, (25, 50, 75)).tolist(), flop_ratio=flops[name] / flops[first]))
+    return rows
 
-    def flops(name):
-        return runs[name][0]['flops'] / runs[name][0]['tokens']
-    return [dict(case=case, variant=name, depth=runs[name][0].get('depth'), ms_per_token=np.percentile(1e3 * per[name], (25, 50, 75)).tolist(),
-                 time_ratio=np.percentile(per[name] / per[first], (25, 50, 75)).tolist(),
-                 flop_ratio=flops(name) / flops(first) if 'flops' in runs[name][0] else None) for name in per]
+
+def speed_text(a, model, state, n, length):
+    """n texts of so many tokens, (n, length) on a.device: random tokens, or with --data from the val split."""
+    if not a.data:
+        generator = torch.Generator().manual_seed(a.seed)
+        return torch.randint(model.cfg.vocab_size, (n, length), generator=generator).to(a.device)
+    val = val_windows(a.data, model, state, length)
+    starts = np.linspace(0, val.n - 1, n + 2)[1:-1].round().astype(int) * length  # neither the first nor the last
+    return val.batch(starts)[:, :length].to(a.device)
+
+
+def speed_cases(a, model, state, length, prompt, new):
+    """What speed() times: pairs (case, variants), variants: name -> function that returns dict(seconds, tokens, flops, depth)."""
+    fixed, vanilla = with_config(model, halting=False), with_config(model, halting=False, n_iter=1)
+    if a.compile:
+        for m in (model, fixed, vanilla):
+            m.backbone = torch.compile(m.backbone)
+    policies = {'adaptive': None} if a.data else {}
+    policies |= {f'adaptive, {share:.0%} halted': even_policy(share, model.cfg.n_iter) for share in a.share}
+    if 'prefill' in a.cases:
+        x = speed_text(a, model, state, a.batch_size, length)
+        yield f'prefill {length}', {
+            'fixed, dense': lambda: time_prefill(fixed, x),
+            'fixed, packed': lambda: time_prefill(fixed, x, execution='packed'),
+            **{name: lambda p=p: time_prefill(model, x, execution='packed', policy=p) for name, p in policies.items()}}
+    for slots in a.slots if 'decode' in a.cases else []:
+        prompts = speed_text(a, model, state, slots, prompt).tolist()
+        yield f'decode, {slots} slots', {
+            'fixed': lambda: time_decode(fixed, prompts, new),
+            **{name: lambda p=p: time_decode(model, prompts, new, p) for name, p in policies.items()}}
+    if 'train' in a.cases:  # last, because it changes the weights
+        text = speed_text(a, model, state, a.batch_size, length)
+        for m in (model, fixed, vanilla):
+            m.float()
+        steps = {'fixed': training_step(fixed, text, a), 'n_iter=1': training_step(vanilla, text, a),
+                 'adaptive, dense': training_step(model, text, a)}
+        if model.cfg.objective == 'saving':  # the paper's loss needs what only dense computes
+            steps |= {f'{name}, packed': training_step(model, text, a, 'packed', p) for name, p in policies.items()}
+        yield f'training step {length - 1}', steps
 
 
 def speed(a):
-    """The clock: fixed depth against adaptive on the same weights, each time ratio beside its FLOP ratio. A share of halting is forced; with --data the model's own gates run too."""
-    if bool(a.ckpt) == bool(a.config):
-        fail('give --config or --ckpt')
-    torch.set_num_threads(a.threads or torch.get_num_threads())
-    model, state = model_of(a, a.ckpt or a.config)
-    model = model.to(getattr(torch, a.dtype))
-    cfg, K, rows = model.cfg, model.cfg.n_iter, []
-    longest = max(a.prefill * bool({'prefill', 'attention', 'train'} & set(a.cases)), a.prompt + a.new + a.new // 2 + 8)
-    if K == 1 or not cfg.halting or longest > cfg.block_size:
-        fail(f'speed needs gates, n_iter > 1 and a block_size of at least {longest} for these --prefill, --prompt and --new')
-    fixed, one = twin(model, halting=False), twin(model, halting=False, n_iter=1, scale_embeds=False)
-    for m in (model, fixed, one) if a.compile else ():
-        m.compile_decoding()
-    rng = np.random.default_rng(a.seed)
+    """The clock: fixed depth against adaptive with the same weights, each time ratio beside its FLOP ratio.
 
-    def text(n, length):  # (n, length)
-        if a.data:
-            val = val_split(a, a.data, model, state, length)
-            return val.batch(np.linspace(0, val.n - 1, n + 2)[1:-1].round().astype(int) * length)[:, :length].to(a.device)
-        return torch.from_numpy(rng.integers(0, cfg.vocab_size, (n, length))).to(a.device)
-
-    def whole(fn, tokens=a.new):
-        return lambda: dict(seconds=seconds(fn, a.device)[0], tokens=tokens)
-    policies = {'adaptive': None} if a.data else {}
-    policies |= {f'adaptive, {share:.0%} halted': forced(share, K) for share in a.share}
-    if 'prefill' in a.cases:
-        x = text(a.rows, a.prefill)
-        rows += race(f'prefill {a.prefill}', {
-            'fixed, dense': lambda: time_prefill(fixed, x), 'fixed, packed': lambda: time_prefill(fixed, x, execution='packed'),
-            **{name: lambda p=p: time_prefill(model, x, execution='packed', policy=p) for name, p in policies.items()}}, a.rounds)
-    for share in a.share if 'attention' in a.cases else []:
-        ways = attention_ways(cfg, a.prefill, 1 - share, a.device, getattr(torch, a.dtype))
-        with torch.inference_mode():
-            rows += race(f'attention, {share:.0%} halted', {name: whole(lambda way=way: [way() for _ in range(20)], 20 * a.prefill) for name, way in ways.items()}, a.rounds)
-    for B in a.batch if 'decode' in a.cases else []:
-        prompts = text(B, a.prompt).tolist()
-        rows += race('one stream' if B == 1 else f'batch {B}', {
-            'fixed': lambda: time_decode(fixed, prompts, a.new),
-            **{name: lambda p=p: time_decode(model, prompts, a.new, p) for name, p in policies.items()}}, a.rounds)
-    x = text(1, a.prompt)
-    if 'nocache' in a.cases:
-        rows += race('prompt and stream', {'fixed': whole(lambda: fixed.generate(x, a.new, temperature=0)),
-                                           'fixed, no KV cache': whole(lambda: fixed.generate(x, a.new, temperature=0, execution='dense'))}, a.rounds)
-    same = None
-    hf = in_transformers(one) if 'transformers' in a.cases or 'train' in a.cases else None
-    if hf and 'transformers' in a.cases:
-        hf.generation_config.eos_token_id = None
-
-        def theirs():
-            return hf.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=a.new, do_sample=False, use_cache=True, pad_token_id=0)
-        same = bool((theirs() == one.generate(x, a.new, temperature=0)).all())
-        rows += race('prompt and stream', {
-            'transformers, n_iter=1': whole(theirs), 'ours, n_iter=1': whole(lambda: one.generate(x, a.new, temperature=0)),
-            f'ours, fixed {K}': whole(lambda: fixed.generate(x, a.new, temperature=0))}, a.rounds)
-    if 'train' in a.cases:
-        x, bf16 = text(a.rows, a.prefill + 1), a.dtype == 'bfloat16'
-        again = twin(fixed)
-        again.remat = True
-        made = {'ours, n_iter=1': one, 'transformers, n_iter=1': hf, f'ours, fixed {K}': fixed, f'ours, fixed {K}, remat': again, f'ours, {K} with gates': model}
-        steps = {name: training_step(m.float(), x, bf16) for name, m in made.items() if m}
-        if cfg.objective != 'paper':  # whose loss needs what only dense computes
-            steps |= {f'packed, {name}': training_step(model, x, bf16, 'packed', p) for name, p in policies.items()}
-        rows += race(f'training step {a.prefill}', steps, a.rounds)
-    print(f'{a.ckpt or a.config}: {cfg.n_layer} layers, width {cfg.n_embd}, vocabulary {cfg.vocab_size}, K = {K}, {a.dtype} on {a.device}; '
-          f'prompts of {a.prompt} tokens, {a.new} new ones a slot; {a.rounds} rounds taken in turn.'
-          + f' transformers and n_iter=1 made {"the same" if same else "OTHER"} tokens.' * (same is not None) + '\n')
-    table(['case', 'variant', 'depth', 'ms a token', '[quartiles]', 'tokens/s', 'time ratio', '[quartiles]', 'FLOP ratio', 'time / FLOPs'],
-          [[r['case'], r['variant'], cell('{:.2f}', r['depth']), f'{r["ms_per_token"][1]:.3f}', '[{:.3f} {:.3f}]'.format(*r['ms_per_token'][::2]),
-            f'{1e3 / r["ms_per_token"][1]:.1f}', f'{r["time_ratio"][1]:.3f}', '[{:.3f} {:.3f}]'.format(*r['time_ratio'][::2]), cell('{:.3f}', r['flop_ratio']),
-            cell('{:.3f}', r['flop_ratio'] and r['time_ratio'][1] / r['flop_ratio'])] for r in rows], left=(0, 1))
-    report(a, config=asdict(cfg), rows=rows, same_as_transformers=same)
-
-
-# plan
-
-GPUS = {'H100': (989e12, 80), 'H100-PCIe': (756e12, 80), 'H200': (989e12, 141), 'B200': (2250e12, 180), 'A100': (312e12, 80), 'A100-40': (312e12, 40),
-        'L40S': (362e12, 48), 'A6000': (155e12, 48), '4090': (165e12, 24), '3090': (71e12, 24), 'V100': (125e12, 32)}  # dense 16-bit FLOP/s, GB
-
-
-def activation_bytes(cfg, tokens, bf16=True, remat=False, cpu=False):
-    """What a training step on `tokens` tokens holds at its peak beside weights, gradients and optimizer, by part. torch.compile keeps a little less.
-
-    The first four are kept for backward. To these comes `loss`, as the loss is computed, and later `backward`; at_peak() takes the larger one.
+    A share of halting is forced; with --data the model's own gates run too. Texts: --batch_size of --length tokens to
+    prefill and to train on; a prompt of --prompt tokens a slot to decode --new tokens from.
     """
-    b, d, L, K, V, N = 2 if bf16 else 4, cfg.n_embd, cfg.n_layer, cfg.n_iter, cfg.vocab_size, tokens
-    one = N * L * d * (4 + 16 * b)     # an iteration: x in float32, two norms, q, k, v, y, 4 d and 4 d of the MLP
-    kv = N * L * d * 2 * b * (cfg.halting and K > 1)  # K and V: masked, or made full again from those of halted tokens
-    gates = (K - 1) * N * (2 * cfg.gate_hidden * b + 8 * d) * cfg.halting * (not remat)
-    table, chunks = 4 * d * V, math.ceil(N / max(1, AdaPonderLM.CHUNK // V))  # a gradient of U or V
-    logits = (4 if b == 4 else 6) * V * math.ceil(N / chunks) + table // 2 * (b == 2)
-    sums = (4 * (count_parameters(cfg) - 2 * d * V) + 2 * table) * (K > 1)  # gradients over iterations, until the last has come
-    if N * V <= AdaPonderLM.CHUNK // 8:  # few enough for every iteration to keep its probabilities
-        logits, vocab = logits + (K - 1) * N * V * (4 + b * (b == 2)), 0
-    else:
-        vocab = (K > 1) * (4 * table + table * (b == 2) + (12 - b) * max(1024 * N, AdaPonderLM.CHUNK * (not cpu)))  # of the pondering embedding
-    return dict(copies=2 * (count_parameters(cfg) - 2 * d * V) * (b == 2), backbone=K * N * d * 4 if remat else one + (K - 1) * (one - kv * (b == 2)),
-                between=(16 if kv else 8) * K * N * d, gates=gates,
-                loss=table + logits, backward=max(vocab, sums + one + kv) if remat else vocab - one)
+    if bool(a.ckpt) == bool(a.config):
+        raise UsageError('give --config or --ckpt')
+    torch.set_num_threads(a.threads or torch.get_num_threads())
+    model, state = load_or_make(a.ckpt or a.config, a)
+    cfg, T = model.cfg, model.cfg.block_size
+    length, prompt, new = a.length or min(1024, T), a.prompt or max(1, min(64, T // 4)), a.new or max(1, min(32, T // 4))
+    if cfg.n_iter == 1 or not cfg.halting:
+        raise UsageError('speed compares adaptive with fixed depth: give a model with gates and n_iter > 1')
+    if max(length, prompt + 2 * new) > T:
+        raise UsageError(f'--length, and --prompt + 2 x --new, must be at most block_size, which is {T}')
+    model = model.to(getattr(torch, a.dtype))
+    rows = []
+    for case, variants in speed_cases(a, model, state, length, prompt, new):
+        rows += time_variants(case, variants, a.rounds)
+    print(f'{a.ckpt or a.config}: {cfg.n_layer} layers, width {cfg.n_embd}, vocabulary {cfg.vocab_size}, K = {cfg.n_iter}, {a.dtype} '
+          f'on {a.device}; prompts of {prompt} tokens, {new} new ones a slot; {a.rounds} rounds taken in turn.\n')
+    header = ['case', 'variant', 'depth', 'ms a token', '[quartiles]', 'tokens/s', 'time ratio', '[quartiles]', 'FLOP ratio', 'time / FLOPs']
+    cells = []
+    for r in rows:
+        (low, ms, high), (ratio_low, ratio, ratio_high) = r['ms_per_token'], r['time_ratio']
+        cells.append([r['case'], r['variant'], f'{r["depth"]:.2f}', f'{ms:.3f}', f'[{low:.3f} {high:.3f}]', f'{1e3 / ms:.1f}',
+                      f'{ratio:.3f}', f'[{ratio_low:.3f} {ratio_high:.3f}]', f'{r["flop_ratio"]:.3f}', f'{ratio / r["flop_ratio"]:.3f}'])
+    table(header, cells, left=(0, 1))
+    report(a, config=asdict(cfg), rows=rows)
 
 
-def at_peak(parts):
-    """Those of activation_bytes()'s parts that are there at the peak: all that is kept, and the loss or backward."""
-    return {k: v for k, v in parts.items() if k != min(('loss', 'backward'), key=parts.get)}
+# -----------------------------------------------------------------------------
+# plan: what training a config takes
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made while it is entered: `peak`, the most that lived at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak, self.known = 0, 0, weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage not in self.known:  # no view of what was there before
+                self.known.add(storage)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self.free, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return out
+
+    def free(self, n):
+        self.live -= n
 
 
-def measured_peak(cfg, rows, T, bf16, remat, device):
-    """Bytes beyond weights and gradients at the peak of one forward and backward pass on `rows` sequences of T tokens: what activation_bytes() says by formula."""
-    device = torch.device(device)
-    model = AdaPonderLM(cfg).to(device)
-    model.remat = remat
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    x = torch.randint(cfg.vocab_size, (rows, T + 1), device=device)
+class AllTokensRun(TorchFunctionMode):
+    """Answers for tensors without values, as if no token ever halted: then memory is at its largest."""
 
-    def step():
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss = model(x[:, :-1], x[:, 1:], k=torch.tensor(0.1, device=device), ponder_lambda=0.1).loss
-        loss.backward()
-    if device.type == 'cuda':
-        step()  # libraries take their workspaces
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step()
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.autograd.profiler.profile(profile_memory=True, use_kineto=True) as prof:
-        step()
-    with tempfile.TemporaryDirectory() as folder:
-        prof.export_chrome_trace(f'{folder}/trace.json')
-        trace = json.loads(Path(f'{folder}/trace.json').read_text())['traceEvents']
-    events = [(e['ts'], e['args']['Total Allocated'], e['args']['Bytes']) for e in trace if e['name'] == '[memory]']
-    _, first, size = min(events)
-    return max(total for _, total, _ in events) - (first - size)
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.nonzero:  # who goes on: all
+            return torch.arange(len(args[0]), device=args[0].device)[:, None]
+        if func is torch.Tensor.__getitem__ and getattr(args[1], 'dtype', None) is torch.bool:  # who halted: none
+            return args[0][:0]
+        return func(*args, **(kwargs or {}))
+
+
+def activation_memory(cfg, batch_size, bfloat16=True, remat=False, like_gpu=True):
+    """Bytes at the peak of a forward and backward pass over batch_size sequences, beyond weights, gradients and AdamW.
+
+    Runs the model itself on fake tensors, which have shapes and no values, so any size fits any machine. like_gpu: along
+    the model's paths for a GPU. torch.compile keeps less; autograd, where it adds gradients in place, up to 8 V d bytes less.
+    """
+    with FakeTensorMode():
+        with torch.device('meta'):
+            model = AdaPonderLM(cfg)
+        weights = {name: torch.empty(p.shape) for name, p in model.state_dict().items()}
+        model.load_state_dict(weights, assign=True)
+        model.remat = remat
+        if like_gpu:
+            model.on_cpu = lambda h: False
+        for p in model.parameters():
+            p.grad = torch.empty_like(p)
+        x = torch.empty(batch_size, cfg.block_size + 1, dtype=torch.int64)
+        with AllTokensRun(), PeakMemory() as memory:
+            with torch.autocast('cpu', torch.bfloat16, enabled=bfloat16):
+                loss = model(x[:, :-1], x[:, 1:], k=0.1).loss
+            loss.backward()
+    return memory.peak
 
 
 def plan(a):
-    """What training a config takes: FLOPs, days, memory a GPU, dollars. Every line states its formula."""
-    if a.gpu not in GPUS:
-        fail(f'unknown GPU {a.gpu!r}: one of {", ".join(GPUS)}')
-    if a.gpus < 1 or not 0 < a.mfu <= 1:
-        fail('--gpus must be at least 1, --mfu in (0, 1]')
-    cfg, t = shape_of(a.config, a.set)
+    """What training a config takes: FLOPs, days, dollars, memory of a GPU and the largest micro-batch that fits it."""
+    cfg, t = config_of(a.config, a.set)
     peak, gigabytes = GPUS[a.gpu]
-    N, K, context, P = t.batch_size * t.block_size, cfg.n_iter, (t.block_size + 1) / 2, count_parameters(cfg)
-    steps = in_steps('max_steps', t.max_steps, N * t.gradient_accumulation_steps, None)
+    N, K, P = t.batch_size * t.block_size, cfg.n_iter, count_parameters(cfg)
+    steps = in_steps('max_steps', t.max_steps, N * t.gradient_accumulation_steps)
     tokens = steps * t.gradient_accumulation_steps * N
-    f, forward = cfg.flops(context), cfg.inference_flops(K, context)
-    again = K * (f['linear'] + f['attention']) * t.remat + (K - 1) * f['ponder'] * (N * cfg.vocab_size > AdaPonderLM.CHUNK // 8)
+    forward = cfg.inference_flops(K, (t.block_size + 1) / 2)
+    vanilla = replace(cfg, n_iter=1).inference_flops(1, (t.block_size + 1) / 2)
     training = 3 * forward * tokens
     hours = training / (peak * a.mfu) / 3600
-    b = 4 if t.dtype == 'float32' else 2
-    act = at_peak(activation_bytes(cfg, N, b == 2, t.remat))
-    memory = [('weights', 4 * P, '4 P: float32'), ('gradients', 4 * P, "4 P: float32, shared with DDP's buckets"),
-              ('AdamW', 8 * P / (a.gpus if t.shard_optimizer else 1), '8 P' + ' / GPUs' * t.shard_optimizer + ': two moments in float32'),
-              ('bfloat16 weights', act['copies'], "2 (P - 2 d V): autocast's copies"),
-              ('activations: backbone', act['backbone'], '4 K N d: the input of every iteration' if t.remat else
-               f'N L d (4 + 16 b) + (K - 1) N L d (4 + {16 if not cfg.halting or b == 4 else 14} b): x in float32, two norms, q, k, v, y, 4 d and 4 d of the MLP'),
-              ('activations: between', act['between'], '8 K N d: h, before and after the last norm' + ('; twice: under the mask, and of those that go on' if cfg.halting and K > 1 else '')),
-              ('activations: gates', act['gates'], '0: computed again' if t.remat else '(K - 1) N d (2 W b + 8): W d twice, h twice'),
-              ('in the loss', act['loss'], "logits of a chunk, and U's gradient, which is made in the forward pass") if 'loss' in act else
-              ('in backward', act['backward'], 'an iteration computed again and sums of gradients, or the pondering embedding: see activation_bytes()')]
-    need = sum(m for _, m, _ in memory)
-    print(f'{a.config}: P = {P:,} parameters, L = {cfg.n_layer}, d = {cfg.n_embd}, V = {cfg.vocab_size}, K = {K}, W = gate_width = {cfg.gate_width:g}; '
-          f'T = {t.block_size}; N = {t.batch_size} T = {N:,} tokens a micro-batch; b = {b} bytes; remat {"on" if t.remat else "off"}; {a.gpus} x {a.gpu}\n')
-    table(['', 'value', 'formula'], [
-        ['tokens', f'{tokens / 1e9:.3f} B', f'{steps:,} steps x {t.gradient_accumulation_steps} N'],
-        ['forward, a token', f'{forward / 1e9:.3f} GFLOPs', 'K (24 L d^2 + 2 L d (T + 1)) + (K - 1) (4 d V + 2 W d (d + 1)) + 2 d V: all tokens run all iterations'],
-        ['training', f'{training:.3e} FLOPs', '3 x forward x tokens: backward is two forwards; vanilla: '
-         f'{cfg.inference_flops(K, context) / replace(cfg, n_iter=1).inference_flops(1, context):.2f} times less'],
-        ['computed twice', f'{again / forward / 3:.1%}', 'the pondering embeddings' + ', and the backbone' * t.remat + ': on top, not in the MFU'],
-        ['time', f'{hours / a.gpus / 24:.2f} days', f'FLOPs / (GPUs x {peak / 1e12:.0f} TFLOP/s x MFU {a.mfu:.0%}): '
-         f'{tokens / hours * a.gpus / 3600:,.0f} tokens/s, {hours:,.0f} GPU hours'],
-        *([['price', f'${hours * a.price:,.0f}', f'GPU hours x ${a.price:g}']] if a.price is not None else []), [],
-        *([name, f'{m / 1e9:.2f} GB', formula] for name, m, formula in memory),
-        ['peak a GPU', f'{need / 1e9:.2f} GB', f'the sum; {a.gpu} has {gigabytes} GB'
-         + ': TOO MUCH, lower batch_size or set remat or shard_optimizer' * (need > 0.95e9 * gigabytes)], [],
-        ['decoding', f'{2 * cfg.n_layer * K * cfg.n_embd * cfg.block_size * b / 1e9:.2f} GB', f'2 L K d {cfg.block_size} b: K/V of one sequence']], left=(0, 2))
+    bfloat16 = t.dtype != 'float32'
+
+    # memory: what each GPU holds all the time, and a micro-batch at its peak
+    shards = a.gpus if t.shard_optimizer else 1
+    memory = dict(weights=4 * P, gradients=4 * P, optimizer=8 * P / shards)
+    memory['activations'] = activation_memory(cfg, t.batch_size, bfloat16, t.remat)
+    need, room = sum(memory.values()), 0.92e9 * gigabytes  # the rest for CUDA's context and fragments
+    each = (activation_memory(cfg, 2 * t.batch_size, bfloat16, t.remat) - memory['activations']) / t.batch_size
+    largest = max(0, math.floor(t.batch_size + (room - need) / each))
+    cache = 2 * cfg.n_layer * K * cfg.n_embd * cfg.block_size * (2 if bfloat16 else 4)
+
+    print(f'{a.config}: P = {P:,} parameters, L = {cfg.n_layer}, d = {cfg.n_embd}, V = {cfg.vocab_size}, K = {K}; N = {t.batch_size} x '
+          f'{t.block_size} = {N:,} tokens a micro-batch; {a.gpus} x {a.gpu}\n')
+    rows = [['tokens', f'{tokens / 1e9:.3f} B', f'{steps:,} steps x {t.gradient_accumulation_steps} N'],
+            ['forward, a token', f'{forward / 1e9:.3f} GFLOPs', 'if all tokens run all iterations, see bench.py flops'],
+            ['training', f'{training:.3e} FLOPs', f'3 x forward x tokens; n_iter=1: {forward / vanilla:.2f} times less'],
+            ['time', f'{hours / a.gpus / 24:.2f} days', f'FLOPs / (GPUs x {peak / 1e12:.0f} TFLOP/s x MFU {a.mfu:.0%}): '
+             f'{tokens / hours * a.gpus / 3600:,.0f} tokens/s, {hours:,.0f} GPU hours']]
+    if a.price is not None:
+        rows.append(['price', f'${hours * a.price:,.0f}', f'GPU hours x ${a.price:g}'])
+    formulas = dict(weights='4 P: float32', gradients='4 P', optimizer='8 P' + (' / GPUs' if t.shard_optimizer else '') + ': AdamW',
+                    activations='of a micro-batch, at the peak; counted in a run on tensors without values')
+    rows += [[], *([name, f'{memory[name] / 1e9:.2f} GB', formula] for name, formula in formulas.items()),
+             ['a GPU', f'{need / 1e9:.2f} GB', f'of {gigabytes}' + (': TOO MUCH, lower batch_size or set remat or shard_optimizer'
+                                                               if need > room else '')],
+             ['fits', f'batch_size {largest}', f'the largest; each sequence takes {each / 1e9:.3f} GB'],
+             ['decoding', f'{cache / 1e9:.2f} GB', f'K and V of one sequence of {cfg.block_size} tokens']]
+    table(['', 'value', ''], rows, left=(0, 2))
     if t.gradient_accumulation_steps % a.gpus:
         print(f'\ngradient_accumulation_steps ({t.gradient_accumulation_steps}) is not a multiple of {a.gpus}: train.py would refuse it')
-    measured = None
-    if a.measure:
-        where = 'cuda' if torch.cuda.is_available() else 'cpu'
-        measured = measured_peak(cfg, t.batch_size, t.block_size, b == 2, t.remat, where)
-        mine = sum(at_peak(activation_bytes(cfg, N, b == 2, t.remat, where == 'cpu')).values())
-        print(f'\none micro-batch on {where}, without compile: {measured / 1e6:.0f} MB beyond weights, gradients and AdamW, {measured / N / 1e3:.0f} kB a token; '
-              f'by the formulas {mine / 1e6:.0f} MB, {mine / measured - 1:+.1%}')
-    report(a, measured=measured, config=asdict(cfg), parameters=P, tokens=tokens, forward_flops=forward, training_flops=training, computed_twice=again / forward / 3, gpu_hours=hours,
-           dollars=hours * a.price if a.price is not None else None, memory={name: m for name, m, _ in memory}, peak_memory=need)
+    report(a, config=asdict(cfg), parameters=P, tokens=tokens, forward_flops=forward, training_flops=training, gpu_hours=hours,
+           dollars=None if a.price is None else hours * a.price, memory=memory, peak_memory=need, largest_batch_size=largest)
 
 
+# -----------------------------------------------------------------------------
 # downstream: lm-evaluation-harness
 
+def sampling_of(settings):
+    """lm-eval's generation settings of a request as its own hf model takes them: (stop strings, new tokens, temperature, top_k, top_p)."""
+    until = settings.get('until') or []
+    until = [until] if isinstance(until, str) else list(until)
+    names = ('max_gen_toks', 'max_new_tokens', 'max_tokens', 'max_completion_tokens')
+    given = [settings[name] for name in names if settings.get(name) is not None]
+    new_tokens = int(given[0]) if given else 256
+    # sampling needs a temperature; without one, or with do_sample=False, decoding is greedy
+    temperature = float(settings.get('temperature') or 0.0)
+    if settings.get('do_sample') is False:
+        temperature = 0.0
+    top_k = settings.get('top_k', 50)  # transformers' default; there, and here, 0 and None switch it off
+    return until, new_tokens, temperature, top_k or None, settings.get('top_p')
+
+
 def harness_model(model, enc, a):
-    """An lm_eval model around this one. Every request runs at adaptive depth, packed or cached; spent holds tokens, iterations, FLOPs."""
+    """An lm_eval model around this one. Every request runs at adaptive depth; its list `spent` sums tokens, iterations, FLOPs."""
     from lm_eval import utils
     from lm_eval.api.model import TemplateLM
-    T, eot, kw = model.cfg.block_size, enc.eot_token, dict(tau=a.tau, max_iter=a.max_iter)
+    T, eot = model.cfg.block_size, enc.eot_token
     tau = model.cfg.tau if a.tau is None else a.tau
 
     class Adaptive(TemplateLM):
@@ -1033,65 +1096,79 @@ def harness_model(model, enc, a):
         spent = [0, 0, 0.0]
 
         def spend(self, depth, context):
-            new = depth.numel(), int(depth.sum()), float(model.cfg.inference_flops(depth, context, a.max_iter).sum())
-            self.spent = [x + y for x, y in zip(self.spent, new)]
+            """Count tokens that ran: depth, and the number of keys that each attended to, (N,) both."""
+            depth, context = torch.as_tensor(depth).cpu(), torch.as_tensor(context, dtype=torch.float64)
+            flops = model.cfg.inference_flops(depth, context, a.max_iter).sum()
+            self.spent = [x + y for x, y in zip(self.spent, (depth.numel(), int(depth.sum()), float(flops)))]
 
         def tok_encode(self, string, add_special_tokens=None, **rest):
             return enc.encode_ordinary(string)
 
         @torch.inference_mode()
         def _loglikelihood_tokens(self, requests, **rest):
-            """requests: (_, context, continuation), lists of tokens. Returns (log-probability, would greedy decoding say the same) of each."""
+            """requests: (_, context, continuation), lists of tokens. Returns (log-probability, is it the greedy continuation) of each."""
             done = [None] * len(requests)
-            order = sorted(range(len(requests)), key=lambda n: -len(requests[n][1]) - len(requests[n][2]))  # alike in length: little padding
+            order = sorted(range(len(requests)), key=lambda n: -len(requests[n][1]) - len(requests[n][2]))  # little padding
             for first in tqdm(range(0, len(order), a.batch_size), desc='loglikelihood', leave=False):
-                part = order[first:first + a.batch_size]
-                texts = [(requests[n][1] + requests[n][2])[-T - 1:-1] for n in part]
+                numbers = order[first:first + a.batch_size]
+                texts = [(requests[n][1] + requests[n][2])[-T - 1:-1] for n in numbers]
                 length = torch.tensor([len(t) for t in texts], device=a.device)
                 x = torch.tensor([t + [0] * (int(length.max()) - len(t)) for t in texts], device=a.device)
-                with autocast(a):  # padding comes after the text, so that nothing sees it, and halts at once
-                    out = model(x, execution='packed', policy=lambda i, s, h, row, pos: (s >= tau) & (pos < length[row]), **kw)
-                    for r, n in enumerate(part):
+
+                def policy(i, s, h, row, pos):  # padding comes after the text, so nothing sees it, and halts at once
+                    return (s >= tau) & (pos < length[row])
+                with autocast(a):
+                    out = model(x, execution='packed', policy=policy, max_iter=a.max_iter)
+                    for r, n in enumerate(numbers):
                         want = torch.tensor(requests[n][2][-T:], device=a.device)
                         log_p = log_probs(model, out.hidden[r, length[r] - len(want):length[r]])
                         done[n] = float(log_p.gather(-1, want[:, None]).sum()), bool((log_p.argmax(-1) == want).all())
-                        self.spend(out.depth[r, :length[r]], torch.arange(1, int(length[r]) + 1, device=a.device))
+                        self.spend(out.depth[r, :length[r]], range(1, int(length[r]) + 1))
             return done
 
         def loglikelihood_rolling(self, requests, disable_tqdm=False):
-            pieces = [[utils.make_disjoint_window(w) for w in utils.get_rolling_token_windows(
-                enc.encode_ordinary(r.args[0]), prefix_token=eot, max_seq_len=T, context_len=1)] for r in requests]
-            flat = iter(self._loglikelihood_tokens([(None, *w) for windows in pieces for w in windows]))
-            return [sum(next(flat)[0] for _ in windows) for windows in pieces]
+            """Log-probability of each whole text, in windows that see as much of it as fits."""
+            windows = []
+            for r in requests:
+                tokens = enc.encode_ordinary(r.args[0])
+                rolling = utils.get_rolling_token_windows(tokens, prefix_token=eot, max_seq_len=T, context_len=1)
+                windows.append([(None, *utils.make_disjoint_window(w)) for w in rolling])
+            values = iter(self._loglikelihood_tokens([w for ws in windows for w in ws]))
+            return [sum(next(values)[0] for _ in ws) for ws in windows]
 
         def generate_until(self, requests, disable_tqdm=False):
-            """Batches through the KV-cached engine; a batch ends when each text in it has met a stop string, its length or the end."""
-            done = []
-            for first in tqdm(range(0, len(requests), a.batch_size), desc='generate', leave=False):
-                contexts, wishes = zip(*(r.args for r in requests[first:first + a.batch_size]))
-                until = [[w] if isinstance(w := g.get('until') or [], str) else list(w) for g in wishes]
-                budget = [next((g[k] for k in ('max_gen_toks', 'max_new_tokens', 'max_tokens') if g.get(k)), 256) for g in wishes]
-                if max(budget) >= T:
-                    raise ValueError(f'a task wants {max(budget)} new tokens, and this model sees {T} at a time')
-                prompts = [(enc.encode_ordinary(c) or [eot])[-(T - n):] for c, n in zip(contexts, budget)]
-                g = wishes[0]  # lm-eval hands over one task at a time
-                temperature = (g.get('temperature') or 1.0) if g.get('do_sample') else 0
-                steps = model.stream(prompts, budget, temperature, g.get('top_k'), g.get('top_p'), torch.Generator().manual_seed(a.seed + first),
-                                     slots=len(prompts), stop_token=eot, **kw)
-                made, text, busy = [[] for _ in prompts], [''] * len(prompts), set(range(len(prompts)))
-                for step in steps:
-                    n = step.seq
-                    if n in busy:
-                        self.spend(torch.tensor([step.depth]), len(prompts[n]) + len(made[n]))
-                        made[n].append(step.token)
-                        text[n] = enc.decode([t for t in made[n] if t != eot and t < enc.n_vocab])
-                        if step.token == eot or len(made[n]) == budget[n] or any(w in text[n] for w in until[n]):
-                            busy.discard(n)
-                    if not busy:
-                        break
-                steps.close()
-                done += [min((t.split(w)[0] for w in words if w), key=len, default=t) for t, words in zip(text, until)]
+            """Texts up to a stop string, the wished length or the end of the text. Requests of one setting run together."""
+            done, alike = [None] * len(requests), defaultdict(list)
+            for n, r in enumerate(requests):
+                alike[repr(r.args[1])].append(n)
+            batches = [ns[i:i + a.batch_size] for ns in alike.values() for i in range(0, len(ns), a.batch_size)]
+            for numbers in tqdm(batches, desc='generate', leave=False):
+                contexts = [requests[n].args[0] for n in numbers]
+                for n, text in zip(numbers, self.generate_batch(contexts, numbers, requests[numbers[0]].args[1])):
+                    done[n] = text
             return done
+
+        def generate_batch(self, contexts, numbers, settings):
+            until, budget, temperature, top_k, top_p = sampling_of(settings)
+            if budget >= T:
+                raise UsageError(f'a task wants {budget} new tokens, and this model sees {T} at a time')
+            prompts = [(enc.encode_ordinary(c) or [eot])[-(T - budget):] for c in contexts]
+            generators = [torch.Generator().manual_seed(a.seed + n) for n in numbers]  # no text depends on its batch
+            made, texts, busy = [[] for _ in prompts], [''] * len(prompts), set(range(len(prompts)))
+            steps = stream(model, prompts, budget, temperature, top_k, top_p, generators, tau, a.max_iter,
+                           slots=len(prompts), stop_token=eot)
+            for step in steps:
+                n = step.seq
+                if n in busy:
+                    self.spend([step.depth], [len(prompts[n]) + len(made[n])])
+                    made[n].append(step.token)
+                    texts[n] = enc.decode([t for t in made[n] if t != eot and t < enc.n_vocab])
+                    if step.token == eot or len(made[n]) == budget or any(w in texts[n] for w in until if w):
+                        busy.discard(n)
+                if not busy:
+                    break
+            steps.close()
+            return [min((text.split(w)[0] for w in until if w), key=len, default=text) for text in texts]
     return Adaptive()
 
 
@@ -1101,66 +1178,82 @@ def downstream(a):
         import lm_eval
         from lm_eval.tasks import TaskManager
     except ImportError:
-        fail('downstream needs lm-evaluation-harness: pip install lm-eval')
-    model, state = load(a.ckpt, a)
+        raise UsageError('downstream needs lm-evaluation-harness: pip install lm-eval') from None
+    model, state = load(a.ckpt, a.device)
     model.check_max_iter(a.max_iter)
-    beside = Path(a.ckpt) / 'tokenizer.json'
-    if a.tokenizer or 'meta' in state:
-        enc = load_tokenizer(a.tokenizer) if a.tokenizer else load_tokenizer(state['meta'], Path(a.ckpt).parent)
+    if a.tokenizer:
+        enc = load_tokenizer(a.tokenizer)
+    elif 'meta' in state:
+        enc = load_tokenizer(state['meta'], Path(a.ckpt).parent)
+    elif (Path(a.ckpt) / 'tokenizer.json').is_file():
+        enc = load_tokenizer(str(Path(a.ckpt) / 'tokenizer.json'))
     else:
-        enc = load_tokenizer(str(beside)) if beside.is_file() else fail(f'{a.ckpt} has no tokenizer.json: give --tokenizer')
+        raise UsageError(f'{a.ckpt} has no tokenizer.json: give --tokenizer')
     if enc.eot_token >= model.cfg.vocab_size:
-        fail('the tokenizer has more tokens than the model: give the one that it was trained with')
-    lm, manager, tasks, rows = harness_model(model, enc, a), TaskManager(include_path=a.include_path), a.tasks.split(','), []
-    if unknown := [t for t in tasks if t not in manager.all_tasks]:
-        fail(f'lm-eval knows no task {", ".join(unknown)}; --include_path names a folder with task files')
+        raise UsageError('the tokenizer has more tokens than the model: give the one that it was trained with')
+    lm, manager, rows = harness_model(model, enc, a), TaskManager(include_path=a.include_path), []
+    tasks = a.tasks.split(',')
+    unknown = [t for t in tasks if t not in manager.all_tasks]
+    if unknown:
+        raise UsageError(f'lm-eval knows no task {", ".join(unknown)}; --include_path names a folder with task files')
+    seeds = {f'{what}_seed': a.seed for what in ('random', 'numpy_random', 'torch_random', 'fewshot_random')}
     for task in tasks:
         lm.spent = [0, 0, 0.0]
-        seeds = {f'{what}_seed': a.seed for what in ('random', 'numpy_random', 'torch_random', 'fewshot_random')}
-        scores = lm_eval.simple_evaluate(lm, tasks=[task], num_fewshot=a.num_fewshot, limit=a.limit, task_manager=manager, log_samples=False,
-                                         bootstrap_iters=1000, **seeds)['results']
+        found = lm_eval.simple_evaluate(lm, tasks=[task], num_fewshot=a.num_fewshot, limit=a.limit, task_manager=manager,
+                                        log_samples=False, bootstrap_iters=1000, **seeds)
         n, depth, flops = lm.spent
-        for name, result in scores.items():
+        for name, result in found['results'].items():
             for metric, value in result.items():
                 if isinstance(value, float) and '_stderr' not in metric:
-                    se = result.get(metric.replace(',', '_stderr,'))
-                    rows.append(dict(task=name, metric=metric.split(',')[0], value=value, stderr=se if isinstance(se, float) else None,
-                                     tokens=n, depth=depth / n, flops=flops / n))
-    K, tau = model.cfg.n_iter, model.cfg.tau if a.tau is None else a.tau
-    print(f'\n{a.ckpt}: K = {K}, tau {tau:g}, at most {a.max_iter or K} iterations, {a.num_fewshot or 0} shots\n')
+                    error = result.get(metric.replace(',', '_stderr,'))
+                    rows.append(dict(task=name, metric=metric.split(',')[0], value=value, tokens=n, depth=depth / n, flops=flops / n,
+                                     stderr=error if isinstance(error, float) else None))
+    print(f'\n{a.ckpt}: K = {model.cfg.n_iter}, tau {model.cfg.tau if a.tau is None else a.tau:g}, '
+          f'at most {a.max_iter or model.cfg.n_iter} iterations, {a.num_fewshot or 0} shots\n')
     table(['task', 'metric', 'value', '+-', 'mean depth', 'MFLOPs/token'],
-          [[r['task'], r['metric'], f'{r["value"]:.4f}', cell('{:.4f}', r['stderr']), f'{r["depth"]:.2f}', f'{r["flops"] / 1e6:.2f}'] for r in rows])
+          [[r['task'], r['metric'], f'{r["value"]:.4f}', show('{:.4f}', r['stderr']), f'{r["depth"]:.2f}', f'{r["flops"] / 1e6:.2f}']
+           for r in rows], left=(0, 1))
     report(a, config=asdict(model.cfg), rows=rows)
 
 
-# curves
+# -----------------------------------------------------------------------------
+# curves: the logs of runs side by side
+
+COLUMNS = dict(tokens='{:,}', loss='{:.4f}', val_loss='{:.4f}', depth='{:.2f}', val_depth='{:.2f}', val_flops_saved='{:.1%}',
+               tokens_per_second='{:,.0f}', mfu='{:.1%}')
+PANELS = ('loss', 'val_loss', 'depth', 'val_depth', 'grad_norm', 'gate_mean', 'tokens_per_second', 'lr')
+
+
+def read_log(folder):
+    """log.jsonl of a run: key -> [(step, value), ...]. A line that a killed run was writing is left out."""
+    path, log = Path(folder) / 'log.jsonl', {key: [] for key in (*PANELS, *COLUMNS)}
+    if not path.is_file():
+        raise UsageError(f'no log at {path}: give the out_dir of a run of train.py')
+    for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
+        try:
+            record = json.loads(line)
+            step = record['step']
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
+        for key in log:
+            if record.get(key) not in (None, []):
+                log[key].append((step, record[key]))
+    return log
+
 
 def curves(a):
-    """The logs of runs side by side: a table of how far they are, and a picture."""
-    panels = ('loss', 'val_loss', 'depth', 'val_depth', 'grad_norm', 'gate_mean', 'tokens_per_second', 'lr')
-    forms = dict(tokens='{:,}', loss='{:.4f}', val_loss='{:.4f}', depth='{:.2f}', val_depth='{:.2f}', val_flops_saved='{:.1%}',
-                 tokens_per_second='{:,.0f}', mfu='{:.1%}')
-    logs = {}
-    for folder in a.folders:
-        path = Path(folder) / 'log.jsonl'
-        if not path.is_file():
-            fail(f'no log at {path}: give the out_dir of a run of train.py')
-        records = []
-        for line in path.read_text().splitlines():
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                pass  # a line that a killed run was writing
-        logs[folder] = {k: [(r['step'], r[k]) for r in records if r.get(k) not in (None, [])] for k in dict.fromkeys((*panels, *forms))}
-    table(['run', *forms], [[f, *(cell(form, log[k][-1][1] if log[k] else None) for k, form in forms.items())] for f, log in logs.items()])
+    """The logs of runs side by side: a table of how far they are, and a picture. loss is the cross entropy."""
+    logs = {folder: read_log(folder) for folder in a.folders}
+    table(['run', *COLUMNS], [[folder, *(show(form, log[key][-1][1] if log[key] else None) for key, form in COLUMNS.items())]
+                              for folder, log in logs.items()])
     plt = pyplot()
     if plt:
         fig, axes = plt.subplots(2, 4, figsize=(18, 7))
-        for ax, key in zip(axes.flat, panels):
+        for ax, key in zip(axes.flat, PANELS):
             for n, (name, log) in enumerate(logs.items()):
-                many = [(step, v if isinstance(v, list) else [v]) for step, v in log[key]]  # gate_mean: a line a gate
-                for i in range(max((len(v) for _, v in many), default=0)):
-                    points = [(step, v[i]) for step, v in many if len(v) > i and v[i] is not None]
+                lists = [(step, v if isinstance(v, list) else [v]) for step, v in log[key]]  # gate_mean: a line a gate
+                for i in range(max((len(v) for _, v in lists), default=0)):
+                    points = [(step, v[i]) for step, v in lists if len(v) > i and v[i] is not None]
                     ax.plot(*zip(*points), color=f'C{n}', alpha=0.75 ** i, lw=1, label=name if i == 0 else None)
             ax.set(title=key, xlabel='step', yscale='log' if key == 'grad_norm' else 'linear')
         axes[0, 0].legend(fontsize=7)
@@ -1169,90 +1262,123 @@ def curves(a):
     report(a, runs=logs)
 
 
-def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sub = p.add_subparsers(dest='command', required=True)
+# -----------------------------------------------------------------------------
+# The command line
+
+def number(kind, low, high=10 ** 12):
+    """An argparse type: a number from low to high."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:  # NaN is refused as well
+            raise argparse.ArgumentTypeError(f'must be {low} to {high}, not {text}')
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+COUNT, SHARE, PATH = number(int, 1), number(float, 0, 1), os.path.expanduser  # argparse types
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sub = parser.add_subparsers(dest='command', required=True)
 
     def command(fn, runs=True):
-        c = sub.add_parser(fn.__name__, help=fn.__doc__, description=fn.__doc__)
-        c.set_defaults(fn=fn)
-        c.add_argument('--json', help='write the numbers here')
-        c.add_argument('--seed', type=int, default=1337)
+        """A subcommand. runs: it computes with a model, so it has a device and a dtype."""
+        c = sub.add_parser(fn.__name__, help=fn.__doc__.split('\n')[0], description=fn.__doc__)
+        c.set_defaults(run=fn)
+        c.add_argument('--json', type=PATH, help='write the numbers here')
+        c.add_argument('--seed', type=number(int, 0, 2 ** 32 - 1), default=1337)
         if runs:
-            c.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+            c.add_argument('--device', default='auto', help='cpu, cuda, cuda:1, mps; auto: cuda where there is one, else cpu')
             c.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
         return c.add_argument
 
     arg = command(flops)
-    arg('--config', nargs='*', default=[], help='config files')
-    arg('--ckpt', nargs='*', default=[], help='checkpoints or GPT-NeoX folders')
-    arg('--context', type=int, help='tokens of the causal pass; default block_size')
-    arg('--count_tokens', type=int, default=128, help='tokens of the pass that runs and is counted')
-    arg('--count_below', type=int, default=300_000_000, help='run it only for models of at most so many parameters')
+    arg('--config', nargs='*', type=PATH, default=[], help='config files')
+    arg('--ckpt', nargs='*', type=PATH, default=[], help='checkpoints or GPT-NeoX folders')
+    arg('--context', type=COUNT, help='tokens of the causal pass; default block_size')
+    arg('--count_tokens', type=COUNT, default=128, help='tokens of the run that is counted')
+    arg('--count_below', type=number(int, 0), default=300_000_000, help='run only models of at most so many parameters')
 
     arg = command(ppl)
-    arg('--ckpt', required=True, help='a ckpt.pt of train.py')
-    arg('--data', help='a folder of prepare_data.py; default: the one that the checkpoint was trained on')
-    arg('--vanilla', help='a checkpoint with n_iter=1, for the gain that is kept')
-    arg('--vanilla_longer', help='one that was given the training FLOPs of fixed depth')
-    arg('--others', nargs='+', default=[], metavar='NAME=CKPT', help='other models to set beside these, as they are; for example fixed depth trained with n_iter=3')
-    arg('--fixed', help='a checkpoint of fixed depth, for the gain that is kept; early exits are measured on it too')
+    arg('--ckpt', required=True, type=PATH, help='a ckpt.pt of train.py')
+    arg('--data', type=PATH, help='a folder of prepare_data.py; default: the one that the checkpoint was trained on')
+    arg('--vanilla', type=PATH, help='a checkpoint with n_iter=1, for the share of the gain that is retained')
+    arg('--fixed', type=PATH, help='a checkpoint of fixed depth, for the same; exits by confidence and convergence too')
+    arg('--rival', type=PATH, help='a checkpoint with every iteration supervised (early_ce) and no gates: the same exits')
+    arg('--others', nargs='+', default=[], metavar='NAME=CKPT', help='other models, measured as they were trained')
     arg('--policies', nargs='+', choices=POLICIES, default=POLICIES)
-    arg('--save', nargs='*', type=float, default=[0.05, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6], help="the dial: shares of fixed depth's FLOPs to save")
-    arg('--eval_tokens', type=int, default=65536, help='of the val split, to measure on')
-    arg('--calib_tokens', type=int, default=16384, help='others of it, to set thresholds on')
-    arg('--batch_size', type=int, default=16)
+    arg('--save', nargs='*', type=SHARE, default=[0.05, 0.1, 0.15, 0.25], help="shares of fixed depth's FLOPs to save")
+    arg('--eval_tokens', type=COUNT, default=36864, help='of the val split, to measure on')
+    arg('--calib_tokens', type=COUNT, default=8192, help='others of it, to set thresholds on')
+    arg('--batch_size', type=COUNT, default=16)
     arg('--group', help='name of the setting: results takes the mean over the seeds of one')
 
     arg = command(results, runs=False)
-    arg('files', nargs='+', help='JSON files of ppl')
-    arg('--out', default='assets')
+    arg('files', nargs='+', type=PATH, help='JSON files of ppl, or a results.json')
+    arg('--out', type=PATH, default='out/results', help='a folder')
 
     arg = command(speed)
-    arg('--ckpt', help='a checkpoint or a GPT-NeoX folder')
-    arg('--config', help='a config file: random weights in its shape')
-    arg('--cases', nargs='+', choices=(every := ('prefill', 'attention', 'decode', 'nocache', 'transformers', 'train')), default=every[:-1])
-    arg('--share', nargs='*', type=float, default=[0.0, 0.25, 0.5, 0.75], help='of the (token, iteration 2 .. K) pairs that do not run')
-    arg('--data', help='a folder of prepare_data.py: its val split instead of random tokens')
-    arg('--prefill', type=int, default=1024, help='tokens')
-    arg('--rows', type=int, default=1, help='prompts to prefill, sequences to train on, at a time')
-    arg('--compile', action='store_true', help='torch.compile the decoding')
-    arg('--batch', nargs='*', type=int, default=[1, 8, 32, 128], help='slots')
-    arg('--prompt', type=int, default=64, help='tokens of a prompt to decode from')
-    arg('--new', type=int, default=32, help='tokens to decode for each slot')
-    arg('--rounds', type=int, default=5)
-    arg('--threads', type=int, help='CPU threads')
+    arg('--ckpt', type=PATH, help='a checkpoint or a GPT-NeoX folder')
+    arg('--config', type=PATH, help='a config file: random weights in its shape')
+    arg('--cases', nargs='+', choices=('prefill', 'decode', 'train'), default=['prefill', 'decode', 'train'])
+    arg('--share', nargs='*', type=SHARE, default=[0.0, 0.5], help='of the (token, iteration 2 .. K) pairs that do not run')
+    arg('--data', type=PATH, help='a folder of prepare_data.py: its val split instead of random tokens')
+    arg('--length', type=number(int, 2), help='tokens of a text to prefill and to train on; default: block_size, at most 1024')
+    arg('--batch_size', type=COUNT, default=1, help='such texts at a time')
+    arg('--slots', nargs='*', type=COUNT, default=[1, 8, 32, 128], help='texts to decode at a time')
+    arg('--prompt', type=COUNT, help='tokens of a prompt to decode from; default: a quarter of block_size, at most 64')
+    arg('--new', type=COUNT, help='tokens to decode in each slot; default: a quarter of block_size, at most 32')
+    arg('--rounds', type=COUNT, default=5)
+    arg('--threads', type=number(int, 1, 4096), help='CPU threads')
+    arg('--compile', action='store_true', help='torch.compile the backbone')
 
     arg = command(plan, runs=False)
-    arg('--config', required=True, help='a config file of train.py')
+    arg('--config', required=True, type=PATH, help='a config file of train.py')
     arg('--set', nargs='*', default=[], metavar='KEY=VALUE', help='changes to the config')
-    arg('--measure', action='store_true', help='run a micro-batch here and compare its peak of memory')
-    arg('--gpu', default='H100', help=', '.join(GPUS))
-    arg('--gpus', type=int, default=8)
-    arg('--mfu', type=float, default=0.4, help='the share of the peak that is reached; train.py prints it')
-    arg('--price', type=float, help='dollars a GPU hour')
+    arg('--gpu', default='H100', choices=GPUS)
+    arg('--gpus', type=COUNT, default=8)
+    arg('--mfu', type=number(float, 1e-3, 1), default=0.4, help='the share of the peak that is reached; train.py prints it')
+    arg('--price', type=number(float, 0), help='dollars a GPU hour')
 
     arg = command(downstream)
-    arg('--ckpt', required=True, help='a ckpt.pt of train.py or a GPT-NeoX folder')
+    arg('--ckpt', required=True, type=PATH, help='a ckpt.pt of train.py or a GPT-NeoX folder')
     arg('--tasks', required=True, help='lambada_openai,piqa,arc_easy,...')
-    arg('--include_path', help='a folder with task files of your own')
-    arg('--tokenizer', help="a tokenizer.json; default: the checkpoint's")
-    arg('--num_fewshot', type=int)
-    arg('--limit', type=int, help='documents a task')
-    arg('--batch_size', type=int, default=16)
-    arg('--tau', type=float)
-    arg('--max_iter', type=int)
+    arg('--include_path', type=PATH, help='a folder with task files of your own')
+    arg('--tokenizer', type=PATH, help="a tokenizer.json; default: the checkpoint's")
+    arg('--num_fewshot', type=number(int, 0))
+    arg('--limit', type=COUNT, help='documents a task')
+    arg('--batch_size', type=COUNT, default=16)
+    arg('--tau', type=SHARE)
+    arg('--max_iter', type=COUNT)
 
     arg = command(curves, runs=False)
-    arg('folders', nargs='+', help='the out_dir of each run')
-    arg('--out', default='curves.png')
+    arg('folders', nargs='+', type=PATH, help='the out_dir of each run')
+    arg('--out', type=PATH, default='out/curves.png')
+    return parser
 
-    a = p.parse_args(argv)
-    try:
-        a.fn(a)
-    except ValueError as e:  # what model.py and the data reader refuse
-        fail(e)
+
+def check_outputs(a):
+    """Refuse what cannot be written before the work, not after it."""
+    files = [a.json] if a.json else []
+    if a.command == 'results':
+        Path(a.out).mkdir(parents=True, exist_ok=True)
+        files += [Path(a.out) / name for name in ('results.md', 'results.json', 'isoflops.png', 'nll_by_depth.png')]
+    if a.command == 'curves':
+        Path(a.out).parent.mkdir(parents=True, exist_ok=True)
+        files.append(a.out)
+    for file in files:
+        check_writable(file)
+
+
+def main(argv=None):
+    a = make_parser().parse_args(argv)
+    check_outputs(a)
+    if 'device' in a:
+        a.device = get_device(a.device)
+    a.run(a)
 
 
 if __name__ == '__main__':
-    main()
+    command_line(main)

@@ -363,10 +363,14 @@ class AdaPonderLM(nn.Module):
         on = policy(i, s, h, row, pos) if policy else s >= (self.cfg.tau if tau is None else tau)
         return s, on
 
+    def on_cpu(self, h):
+        """Where h is. A method, so that bench.py plan can count what a GPU would hold on tensors without values."""
+        return h.device.type == 'cpu'
+
     def few(self, h):
         """Whether h (N, d) are the few tokens of a decoding step on a CPU: there a product with the vocabulary takes
         half to a quarter of the time in eight parts."""
-        return h.device.type == 'cpu' and len(h) <= 64 and self.cfg.vocab_size % 8 == 0 and not torch.is_grad_enabled()
+        return self.on_cpu(h) and len(h) <= 64 and self.cfg.vocab_size % 8 == 0 and not torch.is_grad_enabled()
 
     def few_logits(self, h):
         """h U^T for decoding. h: (N, d) -> (N, vocab)."""
@@ -389,7 +393,7 @@ class AdaPonderLM(nn.Module):
 
     def chunk(self, h):
         """How many tokens' logits are held at a time: 64 MB of them in float32 on a CPU, 1 GB on a GPU."""
-        return max(1, (2 ** 24 if h.device.type == 'cpu' else 2 ** 28) // self.cfg.vocab_size)
+        return max(1, (2 ** 24 if self.on_cpu(h) else 2 ** 28) // self.cfg.vocab_size)
 
     def ponder(self, h):
         """What tokens with these states hand on: the pondering embedding. h: (N, d) -> e (N, d) (arXiv 2505.20674)."""
@@ -398,7 +402,7 @@ class AdaPonderLM(nn.Module):
             return h
         if len(h) * 8 <= self.chunk(h):
             return self.expect(h) * self.cfg.embed_scale
-        if h.device.type == 'cpu':  # this is attention of h over the rows of U: torch's kernel never holds the logits
+        if self.on_cpu(h):  # this is attention of h over the rows of U: torch's kernel never holds the logits
             U, V = (t.weight.to(h.dtype)[None, None] for t in (self.unembed, self.embed))
             return F.scaled_dot_product_attention(h[None, None], U, V, scale=1.0)[0, 0] * self.cfg.embed_scale
         chunks = [checkpoint(self.expect, x, use_reentrant=False) for x in h.split(self.chunk(h))]

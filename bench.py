@@ -2,7 +2,7 @@
 Measures a model: what it costs by formula, how well it predicts at which cost, and what the clock says.
 
     python bench.py flops --config config/pythia*.py
-    python bench.py ppl --ckpt out/tiny/ckpt.pt --vanilla out/vanilla/ckpt.pt --fixed out/fixed/ckpt.pt --json seed1.json
+    python bench.py ppl --ckpt out/tiny/ckpt.pt --others vanilla=out/vanilla/ckpt.pt fixed=out/fixed/ckpt.pt --json seed1.json
     python bench.py results seed1.json seed2.json seed3.json
     python bench.py speed --config config/pythia70m.py
     python bench.py plan --config config/pythia410m.py --gpu H100 --gpus 8 --price 2.5
@@ -68,19 +68,12 @@ def write(path, text):
 
 def report(a, **result):
     """Print where the numbers were measured; --json FILE keeps them all."""
-    cpu = platform.processor() or platform.machine()
-    if os.path.exists('/proc/cpuinfo'):
-        lines = Path('/proc/cpuinfo').read_text(encoding='utf-8', errors='replace').splitlines()
-        cpu = next((line.split(':')[1].strip() for line in lines if line.startswith('model name')), cpu)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    machine = dict(cpu=cpu, cpus=os.cpu_count(), gpu=gpu, threads=torch.get_num_threads(),
-                   python=platform.python_version(), torch=torch.__version__, seed=a.seed)
-    print('\n' + ', '.join(f'{k} {v}' for k, v in machine.items() if v is not None))
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'
+    machine = dict(cpu=platform.processor() or platform.machine(), cpus=os.cpu_count(), gpu=gpu, seed=a.seed,
+                   threads=torch.get_num_threads(), python=platform.python_version(), torch=torch.__version__)
+    print('\n' + ', '.join(f'{k} {v}' for k, v in machine.items()))
     if a.json:
-        arguments = {k: v if isinstance(v, (int, float, list, type(None))) else str(v)
-                     for k, v in vars(a).items() if k != 'run'}
-        record = dict(command=a.command, arguments=arguments, machine=machine, **result)
-        write(a.json, json.dumps(record, indent=1))
+        write(a.json, json.dumps(dict(command=a.command, arguments=vars(a), machine=machine, **result), indent=1, default=str))
 
 
 def pyplot():
@@ -101,17 +94,6 @@ def save_figure(plt, fig, path):
     print(f'wrote {path}')
 
 
-def load(path, device):
-    """A checkpoint of train.py, or GPT-NeoX weights (a folder or a hub name). Returns the model, and what else the checkpoint says."""
-    if os.path.isfile(path) or path.endswith('.pt'):
-        state = load_checkpoint(path)
-        model = AdaPonderLM.from_state(state, path)
-    else:
-        state, model = {}, AdaPonderLM.from_pretrained(path)
-    model = model.to(device).eval().requires_grad_(False)
-    return model, {k: state[k] for k in ('meta', 'train_config') if k in state}
-
-
 def config_of(path, changes=()):
     """The AdaPonderConfig and the TrainConfig of a config file. changes: strings key=value."""
     train_config = load_config([path, *(f'--{change}' for change in changes)])
@@ -126,12 +108,22 @@ def config_of(path, changes=()):
     return AdaPonderConfig(**own), train_config
 
 
-def load_or_make(path, a):
-    """The model at path, or one with random weights if path is a config file. Returns it and what its checkpoint says."""
-    if not path.endswith('.py'):
-        return load(path, a.device)
-    torch.manual_seed(a.seed)
-    return AdaPonderLM(config_of(path)[0]).to(a.device).eval().requires_grad_(False), {}
+def load(path, a):
+    """The model at path on a.device, and what its checkpoint says beside the weights.
+
+    path: a checkpoint of train.py, GPT-NeoX weights (a folder or a hub name), or a config file: random weights in its shape.
+    """
+    state = {}
+    if path.endswith('.py'):
+        torch.manual_seed(a.seed)
+        model = AdaPonderLM(config_of(path)[0])
+    elif os.path.isfile(path) or path.endswith('.pt'):
+        state = load_checkpoint(path)
+        model = AdaPonderLM.from_state(state, path)
+    else:
+        model = AdaPonderLM.from_pretrained(path)
+    model = model.to(a.device).eval().requires_grad_(False)
+    return model, {k: state[k] for k in ('meta', 'train_config') if k in state}
 
 
 def with_config(model, **change):
@@ -167,20 +159,29 @@ def val_windows(folder, model, state, length):
 # -----------------------------------------------------------------------------
 # Halting policies, as AdaPonderLM.decide() takes them: fn(i, s, h, row, pos) -> bool (N,), True: the token goes on
 
-def scheduled_policy(shares, salt=0):
+def scheduled_policy(kind, mean_cost, target, salt=0):
+    """Tokens picked at random halt, so many after each iteration that all spend target. mean_cost: of depths 1 .. K.
+
+    uniform: every iteration loses the same number of tokens; geometric: the same fraction of those that are left.
+    """
+    def shares(p):  # of the tokens that go on after iterations 1 .. K - 1
+        if kind == 'uniform':
+            return [max(0.0, 1 - p * i) for i in range(1, len(mean_cost))]
+        return [(1 - p) ** i for i in range(1, len(mean_cost))]
+
+    def cost(p):
+        return mean_cost[0] + sum(r * (b - a) for r, a, b in zip(shares(p), mean_cost, mean_cost[1:]))
+    return random_policy(shares(bisect(cost, target, 0.0, 1.0)), salt)
+
+
+def random_policy(shares, salt=0):
     """A share shares[i] of all tokens, picked at random, goes on after iteration i. shares must not rise."""
     return lambda i, s, h, row, pos: hash_uniform(row, pos, salt) < shares[i]
 
 
-def even_policy(share, K):
-    """`share` of the (token, iteration 2 .. K) pairs does not run, whatever the weights are: for measuring time.
-
-    Every gate halts the same fraction of those that are left. Multiples of the golden ratio spread the depths evenly over
-    positions, so that any run of them comes near the share; each row starts at a place of its own.
-    """
-    shares = schedule('geometric', range(K), (1 - share) * (K - 1))
-    golden = (math.sqrt(5) - 1) / 2
-    return lambda i, s, h, row, pos: (hash_uniform(row, 0 * pos) + pos * golden) % 1 < shares[i]
+def forced_policy(share, K):
+    """`share` of the (token, iteration 2 .. K) pairs does not run, whatever the weights are: for measuring time."""
+    return scheduled_policy('geometric', list(range(K)), (1 - share) * (K - 1))
 
 
 def threshold_policy(score, t=-math.inf, record=None):
@@ -287,33 +288,6 @@ def depth_at(scores, t):
     return 1 + (scores >= t).long().cumprod(-1).sum(-1)
 
 
-def find_threshold(scores, cost, target):
-    """The t at which the mean cost of tokens with scores (n, T, K - 1) comes nearest to target FLOPs."""
-    def mean_cost(t):
-        return float(flops_spent(cost, depth_at(scores, t)).mean())
-    values = scores[scores.isfinite()].unique()  # the cost falls from each of these to the next
-    low, high = 0, len(values) - 1
-    while low < high:
-        middle = (low + high) // 2
-        if mean_cost(values[middle]) > target:
-            low = middle + 1
-        else:
-            high = middle
-    near = values[max(0, low - 1):low + 1].tolist()
-    return min(near, key=lambda t: abs(mean_cost(t) - target))
-
-
-def calibrate(model, x, a, kind, cost, target, scores):
-    """The threshold at which a kind of score spends target FLOPs a token on windows x. scores: those where no token halts.
-
-    Halting changes later scores a little, so the threshold is set once more from a run in which tokens do halt.
-    """
-    scores = scores.clone()
-    first = find_threshold(scores, cost, target)
-    measure(model, x, a, threshold_policy(SCORES[kind](model), first, record=scores))
-    return find_threshold(scores, cost, target)
-
-
 def bisect(fn, target, low, high):
     """Where fn, which falls, comes down to target."""
     for _ in range(60):
@@ -325,19 +299,27 @@ def bisect(fn, target, low, high):
     return (low + high) / 2
 
 
-def schedule(kind, mean_cost, target):
-    """Shares for scheduled_policy() that cost target. mean_cost: of depths 1 .. K.
+def find_threshold(scores, cost, target):
+    """The t at which the mean cost of tokens with scores (n, T, K - 1) comes nearest to target FLOPs."""
+    values = scores[scores.isfinite()].unique()  # the cost falls from each of these to the next
 
-    uniform: every iteration loses the same number of tokens; geometric: the same fraction of those that are left.
+    def mean_cost(j):
+        return float(flops_spent(cost, depth_at(scores, values[int(j)])).mean())
+    last = bisect(mean_cost, target, 0, len(values) - 1)
+    near = [int(last), min(int(last) + 1, len(values) - 1)]
+    return float(values[min(near, key=lambda j: abs(mean_cost(j) - target))])
+
+
+def calibrated_policy(model, x, a, kind, cost, target):
+    """The policy of a kind of score whose threshold spends target FLOPs a token on windows x.
+
+    Halting changes later scores a little. So scores are taken where no token halts, and once more where they do.
     """
-    def shares(p):
-        if kind == 'uniform':
-            return [max(0.0, 1 - p * i) for i in range(1, len(mean_cost))]
-        return [(1 - p) ** i for i in range(1, len(mean_cost))]
-
-    def cost(p):
-        return mean_cost[0] + sum(r * (b - a) for r, a, b in zip(shares(p), mean_cost, mean_cost[1:]))
-    return shares(bisect(cost, target, 0.0, 1.0))
+    scores, t = torch.zeros(*x[:, 1:].shape, model.cfg.n_iter - 1, dtype=torch.float64), -math.inf
+    for _ in range(2):
+        measure(model, x, a, threshold_policy(SCORES[kind](model), t, record=scores))
+        t = find_threshold(scores, cost, target)
+    return threshold_policy(SCORES[kind](model), t)
 
 
 def oracle_depth(nll, cost, target):
@@ -384,73 +366,46 @@ def pick_windows(a, folder, model, state):
     return x[np.setdiff1d(np.arange(n + m), calib)], x[calib]
 
 
-def make_row(policy, setting, depth, nll, flops, full):
+def make_row(policy, setting, depth, nll, flops, full, K):
     """One line of ppl's table. depth, nll: (n, T); flops: of a mean token; full: those of fixed depth, without gates."""
     windows = nll.mean(1).numpy()
-    active = [float((depth > i).double().mean()) for i in range(int(depth.max()))]  # share that ran iteration i + 1
     return dict(policy=policy, setting=setting, nll=float(windows.mean()), se=standard_error(windows),
                 ppl=math.exp(windows.mean()), flops=flops, saved=1 - flops / full, depth=float(depth.double().mean()),
-                active=active, windows=windows)
-
-
-class PolicyMaker:
-    """Makes halting policies for one model that spend a given number of FLOPs a token.
-
-    x: windows to measure on; calib: other windows, on which thresholds are set.
-    """
-
-    def __init__(self, model, x, calib, kinds, a):
-        self.model, self.calib, self.a = model, calib, a
-        self.cost = cost_table(model.cfg, x.size(1) - 1)  # (T, K)
-        self.levels = nll_by_iteration(model, x, a)       # (n, T, K)
-        self.scores = {}                                  # on calib, where no token halts
-        for kind in set(kinds) & SCORES.keys():
-            self.scores[kind] = torch.zeros(*calib[:, 1:].shape, model.cfg.n_iter - 1, dtype=torch.float64)
-            measure(model, calib, a, threshold_policy(SCORES[kind](model), record=self.scores[kind]))
-
-    def make(self, kind, target, learned=None):
-        """The policy of this kind; None where it cannot spend target. learned: the row of the gates, which random copies."""
-        if kind == 'random':
-            active = learned['active'][1:]
-            return scheduled_policy(active + [0.0] * (self.model.cfg.n_iter - 1 - len(active)), self.a.seed)
-        depth = depth_at(self.scores[kind], math.inf) if kind in self.scores else torch.ones_like(self.levels[..., 0]).long()
-        least = float(flops_spent(self.cost, depth).mean())
-        if not least <= target <= float(self.cost[:, -1].mean()):
-            return None
-        if kind == 'oracle':
-            best = oracle_depth(self.levels, self.cost, target).to(self.a.device)
-            return lambda i, s, h, row, pos: best[row, pos] > i + 1
-        if kind in SCORES:
-            t = calibrate(self.model, self.calib, self.a, kind, self.cost, target, self.scores[kind])
-            return threshold_policy(SCORES[kind](self.model), t)
-        return scheduled_policy(schedule(kind, self.cost.mean(0).tolist(), target), self.a.seed)
+                active=[float((depth > i).double().mean()) for i in range(K)], windows=windows)
 
 
 def compare_policies(model, x, calib, a, kinds, targets, full, bar):
-    """One model on windows x under each kind of policy at each setting.
+    """One model on windows x under each kind of policy at each setting. calib: other windows, to set thresholds on.
 
     targets: FLOPs a token of each setting; None where the model's own tau decides. full: FLOPs a token of fixed depth.
     Returns the rows of ppl's table, and what the model does at its own tau, see by_depth().
     """
-    maker, own, T = PolicyMaker(model, x, calib, kinds if targets else [], a), {}, x.size(1) - 1
-    rows = []
-    for d in range(1, model.cfg.n_iter + 1):  # without halting, but stopped after d iterations
-        depth, flops = torch.full(maker.levels.shape[:2], d), float(cost_table(model.cfg, T, d)[:, d - 1].mean())
-        rows.append(make_row('fixed depth', f'max_iter {d}', depth, maker.levels[..., d - 1], flops, full))
+    T, K, rows, own = x.size(1) - 1, model.cfg.n_iter, [], {}
+    cost, levels = cost_table(model.cfg, T), nll_by_iteration(model, x, a)  # (T, K), (n, T, K)
+    for d in range(1, K + 1):  # without halting, but stopped after d iterations
+        depth, flops = torch.full(levels.shape[:2], d), float(cost_table(model.cfg, T, d)[:, d - 1].mean())
+        rows.append(make_row('fixed depth', f'max_iter {d}', depth, levels[..., d - 1], flops, full, K))
     for setting, target in targets.items():
-        learned = None
         for kind in kinds:
-            bar.update()
-            itself = kind == 'learned' and target is None
-            policy = None if itself else maker.make(kind, target, learned)
-            if policy is None and not itself:
-                continue
+            if kind == 'learned' and target is None:
+                policy = None
+            elif kind in SCORES:
+                policy = calibrated_policy(model, calib, a, kind, cost, target)
+            elif kind == 'oracle':
+                best = oracle_depth(levels, cost, target).to(a.device)
+                policy = lambda i, s, h, row, pos: best[row, pos] > i + 1  # noqa: E731
+            elif kind == 'random':
+                policy = random_policy(learned['active'][1:], a.seed)
+            else:
+                policy = scheduled_policy(kind, cost.mean(0).tolist(), target, a.seed)
             depth, nll = measure(model, x, a, policy)
-            rows.append(make_row(kind, setting, depth, nll, float(flops_spent(maker.cost, depth).mean()), full))
+            rows.append(make_row(kind, setting, depth, nll, float(flops_spent(cost, depth).mean()), full, K))
+            bar.update()
             if kind == 'learned':
-                learned, target = rows[-1], rows[-1]['flops']  # the others aim at what the gates spent on this text
-            if itself:
-                own = by_depth(depth, nll, maker.levels)
+                learned = rows[-1]
+                if target is None:
+                    own = by_depth(depth, nll, levels)
+                target = learned['flops']  # the others aim at what the gates spent on this text
     return rows, own
 
 
@@ -494,52 +449,42 @@ def add_comparisons(rows, main):
             r['retained'] = (whole['vanilla'] - r['nll']) / gain
 
 
-def rivals_of(a, main):
-    """The other models that the command line names: name -> path."""
-    rivals = {name: path for name, path in (('vanilla', a.vanilla), ('fixed', a.fixed), ('rival', a.rival)) if path}
-    for other in a.others:
-        name, equals, path = other.partition('=')
-        if not (name and path) or name in rivals or name == main:
-            raise UsageError(f'--others takes NAME=CKPT, with a name of its own for each, not {other!r}')
-        rivals[name] = os.path.expanduser(path)
-    rivals.pop(main, None)
-    return rivals
-
-
 def ppl(a):
     """Perplexity on the val split under every halting policy at equal FLOPs, with thresholds set on other text."""
-    model, state = load(a.ckpt, a.device)
+    model, state = load(a.ckpt, a)
     cfg, config = model.cfg, state.get('train_config', {})
     folder = a.data or config.get('data_dir')
     if not folder:
         raise UsageError('give --data, a folder that prepare_data.py made')
     x, calib = pick_windows(a, folder, model, state)
     full = float(cost_table(replace(cfg, halting=False), cfg.block_size)[:, -1].mean())
-    gates = cfg.halting and cfg.n_iter > 1
-    main = 'adaptive' if gates else 'fixed' if cfg.n_iter > 1 else 'vanilla'
-    kinds = [k for k in POLICIES if k == 'learned' or k in a.policies]
-    exits = [k for k in kinds if k in ('confidence', 'convergence')]
-    shares = {f'save {share:.3g}': (1 - share) * full for share in a.save} if cfg.n_iter > 1 else {}
-    if not gates:  # random halting copies the gates' shares
-        kinds = [k for k in kinds if k not in ('learned', 'random')]
-    targets = {'own tau': None, **shares} if gates else shares
-    others = rivals_of(a, main)
-    early = [name for name in others if name in ('fixed', 'rival')]
+    main = 'vanilla' if cfg.n_iter == 1 else 'adaptive' if cfg.halting else 'fixed'
+    models = {main: a.ckpt}
+    for other in a.others:
+        name, equals, path = other.partition('=')
+        if not (name and path) or name in models:
+            raise UsageError(f'--others takes NAME=CKPT, with a name of its own for each, not {other!r}')
+        models[name] = os.path.expanduser(path)
 
     rows, runs = [], {}
-    total = len(targets) * (len(kinds) + len(early) * len(exits)) + len(others) - len(early)
-    with tqdm(total=total, desc='policies', leave=False) as bar:
-        for name, path in {main: a.ckpt, **others}.items():
-            m = model if name == main else load(path, a.device)[0]
+    shares = {f'save {share:.3g}': (1 - share) * full for share in a.save}
+    with tqdm(total=(1 + len(a.save)) * len(a.policies), desc=main, leave=False) as bar:
+        for name, path in models.items():
+            m = model if name == main else load(path, a)[0]
             if (m.cfg.vocab_size, m.cfg.block_size) != (cfg.vocab_size, cfg.block_size):
                 raise UsageError(f'{path} has another vocabulary or block_size than {a.ckpt}: they cannot be compared')
-            if name == main:
-                mine = kinds, targets
-            elif name in early:  # exits that need no training, at the FLOPs of the main model's gates
-                mine = exits, targets | {r['setting']: r['flops'] for r in rows if r['policy'] == 'learned'}
-            else:  # as it was trained
-                mine = ['learned'], {'own tau': None} if m.cfg.halting and m.cfg.n_iter > 1 else {}
-            measured, own = compare_policies(m, x, calib, a, *mine, full, bar)
+            gates = m.cfg.halting and m.cfg.n_iter > 1
+            if gates and name == main:
+                kinds, targets = [k for k in POLICIES if k in a.policies or k == 'learned'], {'own tau': None, **shares}
+            elif gates:  # another adaptive model, as it was trained
+                kinds, targets = ['learned'], {'own tau': None}
+            else:  # exits that need no gates, at the FLOPs of the main model's gates where it has some
+                kinds = [k for k in a.policies if k not in ('learned', 'random') and (name == main or k in SCORES)]
+                targets = shares | {r['setting']: r['flops'] for r in rows if (r['model'], r['policy']) == (main, 'learned')}
+            targets = targets if m.cfg.n_iter > 1 else {}
+            bar.reset(total=len(kinds) * len(targets))
+            bar.set_description(name)
+            measured, own = compare_policies(m, x, calib, a, kinds, targets, full, bar)
             rows += [dict(model=name, **r) for r in measured]
             runs[name] = dict(ckpt=str(path), parameters=sum(p.numel() for p in m.parameters()), n_iter=m.cfg.n_iter, **own)
     add_comparisons(rows, main)
@@ -575,37 +520,27 @@ def print_ppl(rows, run):
 # -----------------------------------------------------------------------------
 # results: means over seeds of several settings, from the JSON files of ppl
 
-def mean_sd(values):
-    """Mean and standard deviation over runs: sd None of a single one, all None if no run has the value."""
-    values = [v for v in values if v is not None]
-    if not values:
-        return None
-    return dict(mean=float(np.mean(values)), sd=float(np.std(values, ddof=1)) if len(values) > 1 else None)
+def mean_over_seeds(values):
+    """The same dict of each run -> one with dict(mean, sd) for each number that all have; sd is None of a single run."""
+    first = values[0]
+    if isinstance(first, dict):
+        return {k: mean_over_seeds([v[k] for v in values]) for k in first if all(k in v for v in values)}
+    if isinstance(first, list):
+        return [mean_over_seeds(same) for same in zip(*values)]
+    if isinstance(first, float) and None not in values:
+        return dict(mean=float(np.mean(values)), sd=float(np.std(values, ddof=1)) if len(values) > 1 else None)
+    return first
 
 
 def summary(runs):
-    """One setting over its seeds: mean and spread of every row that all of them have, and tokens by depth."""
-    keyed = [{(r['model'], r['policy'], r['setting']): r for r in run['rows']} for run in runs]
-    rows = []
-    for model, policy, setting in keyed[0]:
-        same = [by_key.get((model, policy, setting)) for by_key in keyed]
-        if None not in same:
-            rows.append(dict(model=model, policy=policy, setting=setting, **{
-                field: mean_sd([r.get(field) for r in same])
-                for field in ('flops', 'saved', 'depth', 'nll', 'ppl', 'over_learned', 'retained')}))
-    depths = []
-    gated = [name for name in runs[0]['runs'] if all('by_depth' in run['runs'].get(name, {}) for run in runs)]
-    for name in gated:
-        for d, same in enumerate(zip(*(run['runs'][name]['by_depth'] for run in runs)), 1):
-            depths.append(dict(model=name, depth=d, **{
-                field: mean_sd([r.get(field) for r in same]) for field in ('share', 'nll', 'nll_full', 'nll_first')}))
+    """One setting over its seeds. rows: 'model, policy, setting' -> means, of those that all runs have."""
+    keyed = [{', '.join((r['model'], r['policy'], r['setting'])): r for r in run['rows']} for run in runs]
     return dict(seeds=[run['train_config'].get('seed') for run in runs], data=runs[0]['data'], tokens=runs[0]['tokens'],
-                n_iter={name: run['n_iter'] for name, run in runs[0]['runs'].items()}, rows=rows, by_depth=depths,
-                spearman={name: mean_sd([run['runs'][name]['spearman'][0] for run in runs]) for name in gated})
+                rows=mean_over_seeds(keyed), models=mean_over_seeds([run['runs'] for run in runs]))
 
 
 def show_sd(form, value):
-    """mean ± sd"""
+    """mean ± sd, and an empty cell where there is no value."""
     if value is None:
         return ''
     spread = '' if value['sd'] is None else ' ± ' + form.replace('+', '').format(value['sd'])
@@ -617,41 +552,22 @@ def markdown(header, rows):
     return ''.join('| ' + ' | '.join(line) + ' |\n' for line in lines) + '\n'
 
 
-def as_trained(group):
-    """The row of each model as it was trained: under its own tau, or with all its iterations."""
-    rows = {(r['model'], r['policy'], r['setting']): r for r in group['rows']}
-    found = {}
-    for name, n_iter in group['n_iter'].items():
-        whole = rows.get((name, 'fixed depth', f'max_iter {n_iter}'))
-        found[name] = rows.get((name, 'learned', 'own tau'), whole)
-    return {name: row for name, row in found.items() if row}
-
-
 def group_tables(name, group):
-    """Three Markdown tables of one setting: the models, the policies at equal FLOPs, the tokens by depth."""
-    text = f'## {name}\n\nSeeds: {", ".join(map(str, group["seeds"]))}. As the models were trained:\n\n'
-    text += markdown(['model', 'FLOPs saved', 'mean depth', 'NLL', 'perplexity', 'gain retained', 'rank correlation'], [
-        [model, show_sd('{:.1%}', r['saved']), show_sd('{:.2f}', r['depth']), show_sd('{:.4f}', r['nll']),
-         show_sd('{:.3f}', r['ppl']), show_sd('{:.1%}', r['retained']), show_sd('{:.3f}', group['spearman'].get(model))]
-        for model, r in as_trained(group).items()])
-    rows = [r for r in group['rows'] if r['policy'] != 'fixed depth']
-    settings = list(dict.fromkeys(r['setting'] for r in rows))
-    cells = []
-    for model, policy in dict.fromkeys((r['model'], r['policy']) for r in rows):
-        mine = {r['setting']: r for r in rows if (r['model'], r['policy']) == (model, policy)}
-        if policy == 'learned':
-            cells.append([f'{model}: FLOPs saved', *(show_sd('{:.1%}', mine.get(s, {}).get('saved')) for s in settings)])
-            cells.append([f'{model}: NLL', *(show_sd('{:.4f}', mine.get(s, {}).get('nll')) for s in settings)])
-        else:
-            cells.append([f'{model}, {policy}', *(show_sd('{:+.4f}', mine.get(s, {}).get('over_learned')) for s in settings)])
-    if cells:
-        text += 'The learned gates, and how much higher the NLL of other policies is at the same FLOPs:\n\n'
-        text += markdown(['', *settings], cells)
-    if group['by_depth']:
-        text += 'Tokens by the depth at which they halt:\n\n'
-        text += markdown(['model', 'depth', 'share', 'NLL', 'NLL if none halts', 'NLL after iteration 1'], [
-            [r['model'], str(r['depth']), show_sd('{:.1%}', r['share']),
-             *(show_sd('{:.3f}', r[k]) for k in ('nll', 'nll_full', 'nll_first'))] for r in group['by_depth']])
+    """Two Markdown tables of one setting: the policies, and the tokens by depth."""
+    def cells(row, **forms):
+        return [show_sd(form, row.get(field)) for field, form in forms.items()]
+    text = f'## {name}\n\nSeeds: {", ".join(map(str, group["seeds"]))}. '
+    text += 'Over learned: how much higher the NLL is than that of the learned gates at the same FLOPs.\n\n'
+    text += markdown(['model, policy, setting', 'FLOPs saved', 'depth', 'NLL', 'perplexity', 'over learned', 'gain retained'], [
+        [key, *cells(row, saved='{:.1%}', depth='{:.2f}', nll='{:.4f}', ppl='{:.3f}', over_learned='{:+.4f}', retained='{:.1%}')]
+        for key, row in group['rows'].items()])
+    for model, found in group['models'].items():
+        if 'by_depth' in found:
+            text += f'Tokens of {model} by the depth at which they halt; rank correlation of depth with what later iterations '
+            text += 'save: ' + (', '.join(show_sd('{:.3f}', r) if r else 'none' for r in found['spearman'])) + '.\n\n'
+            text += markdown(['depth', 'share', 'NLL', 'NLL if none halts', 'NLL after iteration 1'], [
+                [str(r['depth']), *cells(r, share='{:.1%}', nll='{:.3f}', nll_full='{:.3f}', nll_first='{:.3f}')]
+                for r in found['by_depth']])
     return text
 
 
@@ -695,36 +611,29 @@ def draw_groups(plt, groups, draw, width, height):
 
 def draw_iso_flops(ax, group):
     """NLL against FLOPs saved, a line a policy. Bars: standard deviation over seeds of the distance to the learned gates."""
-    levels = []
-    for name, row in as_trained(group).items():
-        if row['policy'] == 'fixed depth' and name in ('vanilla', 'fixed'):
-            levels.append(row['nll']['mean'])
-            ax.axhline(levels[-1], color='grey', lw=1, ls='--' if name == 'fixed' else ':', label=f'{name}, n_iter={group["n_iter"][name]}')
-        elif row['policy'] == 'fixed depth':
-            ax.plot(100 * row['saved']['mean'], row['nll']['mean'], 's', ms=6, label=name)
-    rows = [r for r in group['rows'] if r['policy'] in POLICIES]
+    for name, model in group['models'].items():
+        row = group['rows'].get(f'{name}, fixed depth, max_iter {model["n_iter"]}')
+        if row and name != 'adaptive':
+            ax.plot(100 * row['saved']['mean'], row['nll']['mean'], 's', ms=6, label=f'{name}, all iterations')
+    rows = [r for r in group['rows'].values() if r['policy'] in POLICIES]
     for model, policy in dict.fromkeys((r['model'], r['policy']) for r in rows):
-        points = sorted((100 * r['saved']['mean'], r['nll']['mean'], (r['over_learned'] or {}).get('sd') or 0)
+        points = sorted((100 * r['saved']['mean'], r['nll']['mean'], r.get('over_learned', {}).get('sd') or 0)
                         for r in rows if (r['model'], r['policy']) == (model, policy))
-        learned, main = policy == 'learned', model in ('adaptive', 'fixed')
-        ax.errorbar(*zip(*points), label=policy if model == 'adaptive' else f'{model}, {policy}',
-                    color='black' if learned else f'C{POLICIES.index(policy)}', lw=2.2 if learned else 1.1,
-                    marker='o' if main else 'x', ms=4, ls='-' if model == 'adaptive' else ':', capsize=2)
+        main, learned = model == 'adaptive', policy == 'learned'
+        ax.errorbar(*zip(*points), label=policy if main else f'{model}, {policy}', marker='o', ms=4, capsize=2,
+                    color='black' if learned else f'C{POLICIES.index(policy)}', lw=2 if learned else 1, ls='-' if main else ':')
     ax.set(xlabel='inference FLOPs saved, %', ylabel='validation NLL, nats a token')
-    if len(levels) == 2 and levels[0] > levels[1]:  # what is far worse than n_iter=1 may leave the picture
-        ax.set_ylim(top=levels[0] + 1.5 * (levels[0] - levels[1]))
     ax.legend(fontsize=7)
 
 
 def draw_by_depth(ax, group):
     """Mean NLL of the tokens that halted at each depth; the width of a bar is their share."""
-    rows = [r for r in group['by_depth'] if r['model'] == 'adaptive']
+    rows = group['models'].get('adaptive', {}).get('by_depth', [])
     for r in rows:
-        if r['nll'] and r['share']['mean'] >= 5e-4:  # whose share does not read 0.0%
+        if 'nll' in r:
             ax.bar(r['depth'], r['nll']['mean'], 0.1 + 0.8 * r['share']['mean'], yerr=r['nll']['sd'] or 0, color='C0', capsize=3)
     ax.set_xticks([r['depth'] for r in rows], [f'{r["depth"]}\n{r["share"]["mean"]:.1%}' for r in rows])
     ax.set(xlabel='depth, iterations; share of the tokens', ylabel='NLL, nats a token')
-    ax.set_ylim(bottom=0)
 
 
 # -----------------------------------------------------------------------------
@@ -732,7 +641,7 @@ def draw_by_depth(ax, group):
 
 @torch.inference_mode()
 def count_flops(model, tokens, share):
-    """Run one sequence packed under even_policy(share) and count. Returns counted and formula, both dict(products, attention), and depth.
+    """Run one sequence packed under forced_policy(share) and count. Returns counted and formula, both dict(products, attention), and depth.
 
     products is everything with a weight: it equals the formula. attention is computed for all queries of a sequence and
     whole rectangles of keys, while the formula counts the tokens that run and the keys that they see.
@@ -748,7 +657,7 @@ def count_flops(model, tokens, share):
     x = torch.randint(cfg.vocab_size, (1, tokens), device=device)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     with FlopCounterMode(display=False, custom_mapping={kernel: sdpa}) as counter:
-        out = model(x, execution='packed', policy=even_policy(share, cfg.n_iter))
+        out = model(x, execution='packed', policy=forced_policy(share, cfg.n_iter))
         out.logits
     seen = counter.get_flop_counts()['Global']
     attention = sum(n for op, n in seen.items() if 'scaled_dot_product' in str(op)) - sum(vocabulary)
@@ -764,7 +673,7 @@ def flops(a):
         raise UsageError('give --config or --ckpt')
     found = []
     for path in a.config + a.ckpt:
-        cfg = config_of(path)[0] if path.endswith('.py') else load(path, a.device)[0].cfg
+        cfg = config_of(path)[0] if path.endswith('.py') else load(path, a)[0].cfg
         T, K = a.context or cfg.block_size, cfg.n_iter
         context = (T + 1) / 2  # keys that a token sees, on average
         f, vanilla = cfg.flops(context), replace(cfg, n_iter=1).inference_flops(1, context)
@@ -780,14 +689,11 @@ def flops(a):
               [[r['depth'], *(f'{v / 1e6:.3f}' for v in list(r.values())[1:-1]), f'{r["x_vanilla"]:.3f}'] for r in rows])
         counted = None
         if parameters <= a.count_below:
-            n = min(a.count_tokens, cfg.block_size)
-            seen, formula, depth = count_flops(load_or_make(path, a)[0], n, share=0.5)
-            counted = dict(tokens=n, depth=float(depth.double().mean()), seen=seen, formula=formula)
-            print(f'Counted in a packed run of {n} tokens, mean depth {counted["depth"]:.2f}: '
-                  f'products {seen["products"] / 1e6:.2f} M, {seen["products"] / formula["products"]:.4f} x formula; attention '
-                  f'{seen["attention"] / 1e6:.2f} M, {seen["attention"] / formula["attention"]:.2f} x (all queries, masked keys).\n')
-        else:
-            print(f'Not counted: more than --count_below {a.count_below:,} parameters.\n')
+            seen, formula, depth = count_flops(load(path, a)[0], min(128, cfg.block_size), share=0.5)
+            counted = dict(depth=float(depth.double().mean()), seen=seen, formula=formula)
+            print(f'Counted in a packed run of {depth.numel()} tokens, mean depth {counted["depth"]:.2f}: products '
+                  f'{seen["products"] / formula["products"]:.4f} x formula, attention '
+                  f'{seen["attention"] / formula["attention"]:.2f} x (all queries, masked keys).\n')
         found.append(dict(path=path, config=asdict(cfg), parameters=parameters, context=context, depths=rows, counted=counted))
     report(a, configs=found)
 
@@ -906,7 +812,7 @@ def speed_cases(a, model, state, length, prompt, new):
         for m in (model, fixed, vanilla):
             m.backbone = torch.compile(m.backbone)
     policies = {'adaptive': None} if a.data else {}
-    policies |= {f'adaptive, {share:.0%} halted': even_policy(share, model.cfg.n_iter) for share in a.share}
+    policies |= {f'adaptive, {share:.0%} halted': forced_policy(share, model.cfg.n_iter) for share in a.share}
     if 'prefill' in a.cases:
         x = speed_text(a, model, state, a.batch_size, length)
         yield f'prefill {length}', {
@@ -938,7 +844,7 @@ def speed(a):
     if bool(a.ckpt) == bool(a.config):
         raise UsageError('give --config or --ckpt')
     torch.set_num_threads(a.threads or torch.get_num_threads())
-    model, state = load_or_make(a.ckpt or a.config, a)
+    model, state = load(a.ckpt or a.config, a)
     cfg, T = model.cfg, model.cfg.block_size
     length, prompt, new = a.length or min(1024, T), a.prompt or max(1, min(64, T // 4)), a.new or max(1, min(32, T // 4))
     if cfg.n_iter == 1 or not cfg.halting:
@@ -1179,7 +1085,7 @@ def downstream(a):
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise UsageError('downstream needs lm-evaluation-harness: pip install lm-eval') from None
-    model, state = load(a.ckpt, a.device)
+    model, state = load(a.ckpt, a)
     model.check_max_iter(a.max_iter)
     if a.tokenizer:
         enc = load_tokenizer(a.tokenizer)
@@ -1298,19 +1204,16 @@ def make_parser():
     arg('--config', nargs='*', type=PATH, default=[], help='config files')
     arg('--ckpt', nargs='*', type=PATH, default=[], help='checkpoints or GPT-NeoX folders')
     arg('--context', type=COUNT, help='tokens of the causal pass; default block_size')
-    arg('--count_tokens', type=COUNT, default=128, help='tokens of the run that is counted')
-    arg('--count_below', type=number(int, 0), default=300_000_000, help='run only models of at most so many parameters')
+    arg('--count_below', type=number(int, 0), default=300_000_000, help='count in a run too if it has at most so many parameters')
 
     arg = command(ppl)
     arg('--ckpt', required=True, type=PATH, help='a ckpt.pt of train.py')
     arg('--data', type=PATH, help='a folder of prepare_data.py; default: the one that the checkpoint was trained on')
-    arg('--vanilla', type=PATH, help='a checkpoint with n_iter=1, for the share of the gain that is retained')
-    arg('--fixed', type=PATH, help='a checkpoint of fixed depth, for the same; exits by confidence and convergence too')
-    arg('--rival', type=PATH, help='a checkpoint with every iteration supervised (early_ce) and no gates: the same exits')
-    arg('--others', nargs='+', default=[], metavar='NAME=CKPT', help='other models, measured as they were trained')
+    arg('--others', nargs='+', default=[], metavar='NAME=CKPT', help='other models: with gates as they were trained, without '
+        'gates under exits by confidence and convergence; those named vanilla and fixed say which gain is retained')
     arg('--policies', nargs='+', choices=POLICIES, default=POLICIES)
-    arg('--save', nargs='*', type=SHARE, default=[0.05, 0.1, 0.15, 0.25], help="shares of fixed depth's FLOPs to save")
-    arg('--eval_tokens', type=COUNT, default=36864, help='of the val split, to measure on')
+    arg('--save', nargs='*', type=SHARE, default=[0.05, 0.15, 0.25], help="shares of fixed depth's FLOPs to save")
+    arg('--eval_tokens', type=COUNT, default=32768, help='of the val split, to measure on')
     arg('--calib_tokens', type=COUNT, default=8192, help='others of it, to set thresholds on')
     arg('--batch_size', type=COUNT, default=16)
     arg('--group', help='name of the setting: results takes the mean over the seeds of one')

@@ -47,18 +47,21 @@ from train import GPUS, Windows, get_autocast, get_device, in_steps, load_config
 # -----------------------------------------------------------------------------
 # Tables, files, models
 
-def table(header, rows, left=(0,)):
-    """Print aligned columns, those with numbers in `left` to the left. None is an empty cell, an empty row a blank line."""
+def table(header, rows, left=1):
+    """A Markdown table with aligned columns, the first `left` of them to the left: text to print, or for a README."""
     cells = [['' if c is None else str(c) for c in row] for row in [header, *rows]]
-    width = [max(len(row[j]) for row in cells if row) for j in range(len(header))]
-    for row in cells:
-        line = [c.ljust(w) if j in left else c.rjust(w) for j, (c, w) in enumerate(zip(row, width))]
-        print('  '.join(line).rstrip())
+    width = [max(len(row[j]) for row in cells) for j in range(len(header))]
+    cells.insert(1, ['-' * w if j < left else '-' * (w - 1) + ':' for j, w in enumerate(width)])
+    lines = [' | '.join(c.ljust(w) if j < left else c.rjust(w) for j, (c, w) in enumerate(zip(row, width))) for row in cells]
+    return ''.join(f'| {line} |\n' for line in lines)
 
 
 def show(form, value):
-    """A number as text, and an empty cell where there is none."""
-    return '' if value is None else form.format(value)
+    """A number as text, 'mean ± error' where it has one, and an empty cell for None."""
+    if not isinstance(value, dict):
+        return '' if value is None else form.format(value)
+    error = '' if value['error'] is None else ' ± ' + form.replace('+', '').format(value['error'])
+    return form.format(value['mean']) + error
 
 
 def write(path, text):
@@ -343,9 +346,9 @@ def spearman(x, y):
     return float(a @ b) / norm if norm else None
 
 
-def standard_error(samples):
-    """Of their mean. A paired difference of two models: give the differences on the same windows."""
-    return float(np.std(samples, ddof=1) / math.sqrt(len(samples)))
+def estimate(samples):
+    """Their mean and its standard error. Of two models: give the differences on the same windows, which is a paired test."""
+    return dict(mean=float(np.mean(samples)), error=float(np.std(samples, ddof=1) / math.sqrt(len(samples))))
 
 
 # -----------------------------------------------------------------------------
@@ -369,7 +372,7 @@ def pick_windows(a, folder, model, state):
 def make_row(policy, setting, depth, nll, flops, full, K):
     """One line of ppl's table. depth, nll: (n, T); flops: of a mean token; full: those of fixed depth, without gates."""
     windows = nll.mean(1).numpy()
-    return dict(policy=policy, setting=setting, nll=float(windows.mean()), se=standard_error(windows),
+    return dict(policy=policy, setting=setting, nll=estimate(windows),
                 ppl=math.exp(windows.mean()), flops=flops, saved=1 - flops / full, depth=float(depth.double().mean()),
                 active=[float((depth > i).double().mean()) for i in range(K)], windows=windows)
 
@@ -441,12 +444,12 @@ def add_comparisons(rows, main):
         j = max(1, int(np.searchsorted(flops, r['flops'])))
         weight = (r['flops'] - flops[j - 1]) / (flops[j] - flops[j - 1])
         difference = r['windows'] - (1 - weight) * curve[j - 1]['windows'] - weight * curve[j]['windows']
-        r.update(over_learned=float(difference.mean()), over_learned_se=standard_error(difference))
-    whole = {r['model']: r['nll'] for r in rows if r['policy'] == 'fixed depth'}  # the last one: all iterations
+        r['over_learned'] = estimate(difference)
+    whole = {r['model']: r['nll']['mean'] for r in rows if r['policy'] == 'fixed depth'}  # the last one: all iterations
     gain = whole.get('vanilla', 0) - whole.get('fixed', math.inf)
     for r in rows:
         if gain > 0 and r['model'] != 'vanilla':
-            r['retained'] = (whole['vanilla'] - r['nll']) / gain
+            r['retained'] = (whole['vanilla'] - r['nll']['mean']) / gain
 
 
 def ppl(a):
@@ -490,46 +493,33 @@ def ppl(a):
     add_comparisons(rows, main)
     for r in rows:
         del r['windows']
-    print(f'{a.ckpt}: {cfg.n_layer} layers, width {cfg.n_embd}, K = {cfg.n_iter}, {runs[main]["parameters"]:,} parameters. '
-          f'{folder}: {len(x)} windows of {cfg.block_size} tokens measured, {len(calib)} others to set thresholds.')
-    print_ppl(rows, runs[main])
-    group = a.group or f'{Path(folder).name}, {cfg.n_layer} layers of width {cfg.n_embd}'
-    report(a, group=group, config=asdict(cfg), train_config=config, data=str(folder), tokens=x[:, 1:].numel(),
-           full_flops=full, runs=runs, rows=rows)
-
-
-def print_ppl(rows, run):
-    """The tables of ppl: its rows by setting, and the tokens of the main model by depth."""
-    print('Saved: inference FLOPs, against fixed depth without gates. +-: standard error over windows.\n')
-    order = list(dict.fromkeys(r['setting'] for r in sorted(rows, key=lambda r: r['policy'] == 'fixed depth')))
-    cells = [[f'{r["model"]}, {r["policy"]}', r['setting'], f'{r["flops"] / 1e6:.3f}', f'{r["saved"]:.1%}', f'{r["depth"]:.2f}',
-              f'{r["nll"]:.4f}', f'{r["se"]:.4f}', f'{r["ppl"]:.3f}', show('{:+.4f}', r.get('over_learned')),
-              show('{:.4f}', r.get('over_learned_se')), show('{:.1%}', r.get('retained'))]
-             for r in sorted(rows, key=lambda r: order.index(r['setting']))]
-    table(['model, policy', 'setting', 'MFLOPs/token', 'saved', 'depth', 'NLL', '+-', 'ppl', 'over learned', '+-', 'gain retained'],
-          cells, left=(0, 1))
-    if 'by_depth' in run:
-        print('\nAt its own tau, tokens by depth:')
-        table(['depth', 'share', 'NLL', 'NLL if none halts', 'NLL after iteration 1'],
-              [[r['depth'], f'{r["share"]:.1%}', *(show('{:.4f}', r.get(k)) for k in ('nll', 'nll_full', 'nll_first'))]
-               for r in run['by_depth']])
-        print('Rank correlation of depth with what the iterations after d save: '
-              + ', '.join(f'd = {d}: {show("{:.3f}", r) or "none"}' for d, r in enumerate(run['spearman'], 1)))
+    record = dict(group=a.group or f'{Path(folder).name}, {cfg.n_layer} layers of width {cfg.n_embd}', config=asdict(cfg),
+                  train_config=config, data=str(folder), tokens=x[:, 1:].numel(), full_flops=full, runs=runs, rows=rows)
+    print(f'{a.ckpt}: K = {cfg.n_iter}, {runs[main]["parameters"]:,} parameters. {len(x)} windows of {cfg.block_size} tokens '
+          f'of {folder} measured, {len(calib)} others to set thresholds. ±: standard error over windows.\n')
+    print(group_tables(record['group'], summary([record])))
+    report(a, **record)
 
 
 # -----------------------------------------------------------------------------
 # results: means over seeds of several settings, from the JSON files of ppl
 
 def mean_over_seeds(values):
-    """The same dict of each run -> one with dict(mean, sd) for each number that all have; sd is None of a single run."""
+    """The same nested dict of each run -> one with dict(mean, error) for each number that all have.
+
+    error: the standard deviation over the runs; of a single run its own standard error, or None.
+    """
     first = values[0]
-    if isinstance(first, dict):
+    if isinstance(first, dict) and 'error' not in first:
         return {k: mean_over_seeds([v[k] for v in values]) for k in first if all(k in v for v in values)}
     if isinstance(first, list):
         return [mean_over_seeds(same) for same in zip(*values)]
-    if isinstance(first, float) and None not in values:
-        return dict(mean=float(np.mean(values)), sd=float(np.std(values, ddof=1)) if len(values) > 1 else None)
-    return first
+    if not isinstance(first, (dict, float)) or None in values:
+        return first
+    if len(values) == 1:
+        return first if isinstance(first, dict) else dict(mean=first, error=None)
+    means = [v['mean'] if isinstance(v, dict) else v for v in values]
+    return dict(mean=float(np.mean(means)), error=float(np.std(means, ddof=1)))
 
 
 def summary(runs):
@@ -539,36 +529,23 @@ def summary(runs):
                 rows=mean_over_seeds(keyed), models=mean_over_seeds([run['runs'] for run in runs]))
 
 
-def show_sd(form, value):
-    """mean ± sd, and an empty cell where there is no value."""
-    if value is None:
-        return ''
-    spread = '' if value['sd'] is None else ' ± ' + form.replace('+', '').format(value['sd'])
-    return form.format(value['mean']) + spread
-
-
-def markdown(header, rows):
-    lines = [header, ['---'] * len(header), *rows]
-    return ''.join('| ' + ' | '.join(line) + ' |\n' for line in lines) + '\n'
-
-
 def group_tables(name, group):
-    """Two Markdown tables of one setting: the policies, and the tokens by depth."""
+    """Tables of one setting: the policies at equal FLOPs, and the tokens of each model by depth."""
     def cells(row, **forms):
-        return [show_sd(form, row.get(field)) for field, form in forms.items()]
-    text = f'## {name}\n\nSeeds: {", ".join(map(str, group["seeds"]))}. '
-    text += 'Over learned: how much higher the NLL is than that of the learned gates at the same FLOPs.\n\n'
-    text += markdown(['model, policy, setting', 'FLOPs saved', 'depth', 'NLL', 'perplexity', 'over learned', 'gain retained'], [
-        [key, *cells(row, saved='{:.1%}', depth='{:.2f}', nll='{:.4f}', ppl='{:.3f}', over_learned='{:+.4f}', retained='{:.1%}')]
-        for key, row in group['rows'].items()])
+        return [show(form, row.get(field)) for field, form in forms.items()]
+    forms = dict(flops='{:.4g}', saved='{:.1%}', depth='{:.2f}', nll='{:.4f}', ppl='{:.3f}', over_learned='{:+.4f}', retained='{:.1%}')
+    text = f'## {name}\n\nSeeds: {", ".join(map(str, group["seeds"]))}. NLL in nats a token; saved: of the inference FLOPs of '
+    text += 'fixed depth without gates; over learned: the NLL less that of the learned gates at the same FLOPs.\n\n'
+    header = ['model, policy, setting', 'FLOPs', 'saved', 'depth', 'NLL', 'perplexity', 'over learned', 'gain retained']
+    text += table(header, [[key, *cells(row, **forms)] for key, row in group['rows'].items()])
+    forms = dict(share='{:.1%}', nll='{:.3f}', nll_full='{:.3f}', nll_first='{:.3f}')
     for model, found in group['models'].items():
         if 'by_depth' in found:
-            text += f'Tokens of {model} by the depth at which they halt; rank correlation of depth with what later iterations '
-            text += 'save: ' + (', '.join(show_sd('{:.3f}', r) if r else 'none' for r in found['spearman'])) + '.\n\n'
-            text += markdown(['depth', 'share', 'NLL', 'NLL if none halts', 'NLL after iteration 1'], [
-                [str(r['depth']), *cells(r, share='{:.1%}', nll='{:.3f}', nll_full='{:.3f}', nll_first='{:.3f}')]
-                for r in found['by_depth']])
-    return text
+            rank = ', '.join(show('{:.3f}', r) or 'none' for r in found['spearman'])
+            text += f'\nTokens of {model} by depth. Its rank correlation with what the iterations after 1, 2, .. save: {rank}.\n\n'
+            text += table(['depth', 'share', 'NLL', 'NLL if none halts', 'NLL after iteration 1'],
+                          [[r['depth'], *cells(r, **forms)] for r in found['by_depth']])
+    return text + '\n'
 
 
 def results(a):
@@ -585,8 +562,7 @@ def results(a):
             raise UsageError(f'{path} is not a JSON file of bench.py ppl, nor a results.json') from None
     try:
         groups.update({name: summary(runs) for name, runs in found.items()})
-        text = 'Mean ± standard deviation over seeds. NLL in nats a token; saved: inference FLOPs, against fixed depth without gates.\n\n'
-        text += ''.join(group_tables(name, group) for name, group in groups.items())
+        text = 'Mean ± standard deviation over seeds.\n\n' + ''.join(group_tables(name, group) for name, group in groups.items())
     except (KeyError, TypeError, AttributeError, IndexError):
         raise UsageError(f'{", ".join(a.files)}: not all are JSON files of this version of bench.py ppl') from None
     print(text)
@@ -617,7 +593,7 @@ def draw_iso_flops(ax, group):
             ax.plot(100 * row['saved']['mean'], row['nll']['mean'], 's', ms=6, label=f'{name}, all iterations')
     rows = [r for r in group['rows'].values() if r['policy'] in POLICIES]
     for model, policy in dict.fromkeys((r['model'], r['policy']) for r in rows):
-        points = sorted((100 * r['saved']['mean'], r['nll']['mean'], r.get('over_learned', {}).get('sd') or 0)
+        points = sorted((100 * r['saved']['mean'], r['nll']['mean'], r.get('over_learned', {}).get('error') or 0)
                         for r in rows if (r['model'], r['policy']) == (model, policy))
         main, learned = model == 'adaptive', policy == 'learned'
         ax.errorbar(*zip(*points), label=policy if main else f'{model}, {policy}', marker='o', ms=4, capsize=2,
@@ -631,7 +607,7 @@ def draw_by_depth(ax, group):
     rows = group['models'].get('adaptive', {}).get('by_depth', [])
     for r in rows:
         if 'nll' in r:
-            ax.bar(r['depth'], r['nll']['mean'], 0.1 + 0.8 * r['share']['mean'], yerr=r['nll']['sd'] or 0, color='C0', capsize=3)
+            ax.bar(r['depth'], r['nll']['mean'], 0.1 + 0.8 * r['share']['mean'], yerr=r['nll']['error'] or 0, color='C0', capsize=3)
     ax.set_xticks([r['depth'] for r in rows], [f'{r["depth"]}\n{r["share"]["mean"]:.1%}' for r in rows])
     ax.set(xlabel='depth, iterations; share of the tokens', ylabel='NLL, nats a token')
 
@@ -685,8 +661,8 @@ def flops(a):
                              ponder=(d - 1) * f['ponder'], gates=min(d, K - 1) * f['gate'], total=total, x_vanilla=total / vanilla))
         print(f'{path}: {parameters:,} parameters, {2 * cfg.vocab_size * cfg.n_embd:,} of them in the two embedding tables and '
               f'{count_parameters(cfg, "gates"):,} in gates. MFLOPs of a token in a causal pass over {T} tokens:')
-        table([name.replace('_', ' ') for name in rows[0]],
-              [[r['depth'], *(f'{v / 1e6:.3f}' for v in list(r.values())[1:-1]), f'{r["x_vanilla"]:.3f}'] for r in rows])
+        cells = [[r['depth'], *(f'{v / 1e6:.3f}' for v in list(r.values())[1:-1]), f'{r["x_vanilla"]:.3f}'] for r in rows]
+        print(table([name.replace('_', ' ') for name in rows[0]], cells))
         counted = None
         if parameters <= a.count_below:
             seen, formula, depth = count_flops(load(path, a)[0], min(128, cfg.block_size), share=0.5)
@@ -863,7 +839,7 @@ def speed(a):
         (low, ms, high), (ratio_low, ratio, ratio_high) = r['ms_per_token'], r['time_ratio']
         cells.append([r['case'], r['variant'], f'{r["depth"]:.2f}', f'{ms:.3f}', f'[{low:.3f} {high:.3f}]', f'{1e3 / ms:.1f}',
                       f'{ratio:.3f}', f'[{ratio_low:.3f} {ratio_high:.3f}]', f'{r["flop_ratio"]:.3f}', f'{ratio / r["flop_ratio"]:.3f}'])
-    table(header, cells, left=(0, 1))
+    print(table(header, cells, left=2))
     report(a, config=asdict(cfg), rows=rows)
 
 
@@ -960,12 +936,12 @@ def plan(a):
         rows.append(['price', f'${hours * a.price:,.0f}', f'GPU hours x ${a.price:g}'])
     formulas = dict(weights='4 P: float32', gradients='4 P', optimizer='8 P' + (' / GPUs' if t.shard_optimizer else '') + ': AdamW',
                     activations='of a micro-batch, at the peak; counted in a run on tensors without values')
-    rows += [[], *([name, f'{memory[name] / 1e9:.2f} GB', formula] for name, formula in formulas.items()),
+    rows += [*([name, f'{memory[name] / 1e9:.2f} GB', formula] for name, formula in formulas.items()),
              ['a GPU', f'{need / 1e9:.2f} GB', f'of {gigabytes}' + (': TOO MUCH, lower batch_size or set remat or shard_optimizer'
                                                                if need > room else '')],
              ['fits', f'batch_size {largest}', f'the largest; each sequence takes {each / 1e9:.3f} GB'],
              ['decoding', f'{cache / 1e9:.2f} GB', f'K and V of one sequence of {cfg.block_size} tokens']]
-    table(['', 'value', ''], rows, left=(0, 2))
+    print(table(['', '', ''], rows, left=3))
     if t.gradient_accumulation_steps % a.gpus:
         print(f'\ngradient_accumulation_steps ({t.gradient_accumulation_steps}) is not a multiple of {a.gpus}: train.py would refuse it')
     report(a, config=asdict(cfg), parameters=P, tokens=tokens, forward_flops=forward, training_flops=training, gpu_hours=hours,
@@ -1112,13 +1088,12 @@ def downstream(a):
             for metric, value in result.items():
                 if isinstance(value, float) and '_stderr' not in metric:
                     error = result.get(metric.replace(',', '_stderr,'))
-                    rows.append(dict(task=name, metric=metric.split(',')[0], value=value, tokens=n, depth=depth / n, flops=flops / n,
-                                     stderr=error if isinstance(error, float) else None))
+                    value = dict(mean=value, error=error if isinstance(error, float) else None)
+                    rows.append(dict(task=name, metric=metric.split(',')[0], value=value, tokens=n, depth=depth / n, flops=flops / n))
     print(f'\n{a.ckpt}: K = {model.cfg.n_iter}, tau {model.cfg.tau if a.tau is None else a.tau:g}, '
           f'at most {a.max_iter or model.cfg.n_iter} iterations, {a.num_fewshot or 0} shots\n')
-    table(['task', 'metric', 'value', '+-', 'mean depth', 'MFLOPs/token'],
-          [[r['task'], r['metric'], f'{r["value"]:.4f}', show('{:.4f}', r['stderr']), f'{r["depth"]:.2f}', f'{r["flops"] / 1e6:.2f}']
-           for r in rows], left=(0, 1))
+    cells = [[r['task'], r['metric'], show('{:.4f}', r['value']), f'{r["depth"]:.2f}', f'{r["flops"] / 1e6:.2f}'] for r in rows]
+    print(table(['task', 'metric', 'value', 'mean depth', 'MFLOPs/token'], cells, left=2))
     report(a, config=asdict(model.cfg), rows=rows)
 
 
@@ -1150,8 +1125,8 @@ def read_log(folder):
 def curves(a):
     """The logs of runs side by side: a table of how far they are, and a picture. loss is the cross entropy."""
     logs = {folder: read_log(folder) for folder in a.folders}
-    table(['run', *COLUMNS], [[folder, *(show(form, log[key][-1][1] if log[key] else None) for key, form in COLUMNS.items())]
-                              for folder, log in logs.items()])
+    print(table(['run', *COLUMNS], [[folder, *(show(form, log[key][-1][1] if log[key] else None) for key, form in COLUMNS.items())]
+                                    for folder, log in logs.items()]))
     plt = pyplot()
     if plt:
         fig, axes = plt.subplots(2, 4, figsize=(18, 7))

@@ -308,8 +308,8 @@ def find_threshold(scores, cost, target):
 
     def mean_cost(j):
         return float(flops_spent(cost, depth_at(scores, values[int(j)])).mean())
-    last = bisect(mean_cost, target, 0, len(values) - 1)
-    near = [int(last), min(int(last) + 1, len(values) - 1)]
+    j = round(bisect(mean_cost, target, 0, len(values) - 1))
+    near = range(max(0, j - 1), min(j + 2, len(values)))
     return float(values[min(near, key=lambda j: abs(mean_cost(j) - target))])
 
 

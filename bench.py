@@ -2,8 +2,8 @@
 Measures a model: what it costs by formula, how well it predicts at which cost, and what the clock says.
 
     python bench.py flops --config config/pythia*.py
-    python bench.py ppl --ckpt out/tiny/ckpt.pt --others vanilla=out/vanilla/ckpt.pt fixed=out/fixed/ckpt.pt --json seed1.json
-    python bench.py results seed1.json seed2.json seed3.json
+    python bench.py ppl --ckpt out/tiny/ckpt.pt --others fixed=out/f/ckpt.pt vanilla=out/v/ckpt.pt --json 1.json
+    python bench.py results 1.json 2.json 3.json
     python bench.py speed --config config/pythia70m.py
     python bench.py plan --config config/pythia410m.py --gpu H100 --gpus 8 --price 2.5
     python bench.py downstream --ckpt out/tiny/ckpt.pt --tasks lambada_openai,piqa
@@ -17,6 +17,7 @@ if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports ends quietly
 
 import argparse
+import io
 import json
 import math
 import os
@@ -52,8 +53,11 @@ def table(header, rows, left=1):
     cells = [['' if c is None else str(c) for c in row] for row in [header, *rows]]
     width = [max(len(row[j]) for row in cells) for j in range(len(header))]
     cells.insert(1, ['-' * w if j < left else '-' * (w - 1) + ':' for j, w in enumerate(width)])
-    lines = [' | '.join(c.ljust(w) if j < left else c.rjust(w) for j, (c, w) in enumerate(zip(row, width))) for row in cells]
-    return ''.join(f'| {line} |\n' for line in lines)
+    lines = []
+    for row in cells:
+        padded = [c.ljust(w) if j < left else c.rjust(w) for j, (c, w) in enumerate(zip(row, width))]
+        lines.append('| ' + ' | '.join(padded) + ' |\n')
+    return ''.join(lines)
 
 
 def show(form, value):
@@ -64,8 +68,9 @@ def show(form, value):
     return form.format(value['mean']) + error
 
 
-def write(path, text):
-    write_beside(path, text.encode('utf-8'))
+def write(path, data):
+    """A text or bytes, whole or not at all."""
+    write_beside(path, data.encode('utf-8') if isinstance(data, str) else data)
     print(f'wrote {path}')
 
 
@@ -76,7 +81,8 @@ def report(a, **result):
                    threads=torch.get_num_threads(), python=platform.python_version(), torch=torch.__version__)
     print('\n' + ', '.join(f'{k} {v}' for k, v in machine.items()))
     if a.json:
-        write(a.json, json.dumps(dict(command=a.command, arguments=vars(a), machine=machine, **result), indent=1, default=str))
+        record = dict(command=a.command, arguments=vars(a), machine=machine, **result)
+        write(a.json, json.dumps(record, indent=1, default=str))
 
 
 def pyplot():
@@ -92,21 +98,22 @@ def pyplot():
 
 
 def save_figure(plt, fig, path):
-    fig.savefig(path, dpi=150, bbox_inches='tight')
+    picture = io.BytesIO()
+    fig.savefig(picture, format=Path(path).suffix[1:], dpi=150, bbox_inches='tight')
     plt.close(fig)
-    print(f'wrote {path}')
+    write(path, picture.getvalue())
 
 
 def config_of(path, changes=()):
     """The AdaPonderConfig and the TrainConfig of a config file. changes: strings key=value."""
     train_config = load_config([path, *(f'--{change}' for change in changes)])
     if train_config.init_from != 'scratch':
-        raise UsageError(f'{path} takes its shape from {train_config.init_from}: give the config of that size from scratch')
+        raise UsageError(f'{path} starts from {train_config.init_from}: give a config that starts from scratch')
     own = {f.name: getattr(train_config, f.name) for f in fields(AdaPonderConfig) if hasattr(train_config, f.name)}
     if not own['vocab_size']:  # the data's, in multiples of 64 as train.py has it
         folder = Path(train_config.data_dir).expanduser()
         if not (folder / 'meta.json').is_file():
-            raise UsageError(f'{path} takes vocab_size from its data, and {folder} has none: prepare the data, or set vocab_size')
+            raise UsageError(f'{path} takes vocab_size from {folder}, where no data is: prepare it, or set vocab_size')
         own['vocab_size'] = -(-load_meta(folder)['vocab_size'] // 64) * 64
     return AdaPonderConfig(**own), train_config
 
@@ -114,7 +121,7 @@ def config_of(path, changes=()):
 def load(path, a):
     """The model at path on a.device, and what its checkpoint says beside the weights.
 
-    path: a checkpoint of train.py, GPT-NeoX weights (a folder or a hub name), or a config file: random weights in its shape.
+    path: a checkpoint of train.py, GPT-NeoX weights (a folder or a hub name), or a config file for random weights.
     """
     state = {}
     if path.endswith('.py'):
@@ -148,7 +155,7 @@ def autocast(a):
 
 
 def val_windows(folder, model, state, length):
-    """The val split of a prepared folder in windows of length + 1 tokens. Refuses data of another tokenizer than the model's."""
+    """The val split of a prepared folder in windows of length + 1 tokens. Refuses data of another tokenizer."""
     folder = Path(folder).expanduser()
     if not (folder / 'meta.json').is_file():
         raise UsageError(f'no data in {folder}: give --data, a folder that prepare_data.py made')
@@ -188,7 +195,7 @@ def forced_policy(share, K):
 
 
 def threshold_policy(score, t=-math.inf, record=None):
-    """A token goes on while its score is at least t. record: a CPU tensor (n, T, K - 1) that is filled with the scores."""
+    """A token goes on while its score is at least t. record: a CPU tensor (n, T, K - 1) to keep the scores in."""
     def policy(i, s, h, row, pos):
         x = score(i, s, h, row, pos)
         if record is not None:
@@ -220,7 +227,7 @@ def confidence_score(model):
 
 
 def convergence_score(model):
-    """KL(P^(i-1) || P^i), small where an iteration changed little (Huginn, arXiv 2502.05171). After the first: infinite."""
+    """KL(P^(i-1) || P^i), small where an iteration changed little (arXiv 2502.05171). After the first one: infinite."""
     before = {}
 
     def kl(now, then):
@@ -247,7 +254,7 @@ POLICIES = ['learned', 'random', 'uniform', 'geometric', 'confidence', 'converge
 
 @torch.inference_mode()
 def measure(model, x, a, policy=None):
-    """Run windows x packed. Returns depth and NLL, both (n, T), on the CPU. The policy sees a window's number in x as row."""
+    """Run windows x packed. Returns depth and NLL, (n, T) on the CPU. The policy's row is a window's number in x."""
     depth, nll = [], []
     for first in range(0, len(x), a.batch_size):
         part = x[first:first + a.batch_size].to(a.device)
@@ -263,7 +270,7 @@ def measure(model, x, a, policy=None):
 
 @torch.inference_mode()
 def nll_by_iteration(model, x, a):
-    """The NLL of each token after each iteration when no token halts, (n, T, K): what max_iter = 1 .. K give, in one run."""
+    """The NLL of each token after each iteration when no token halts, (n, T, K): what max_iter = 1 .. K give."""
     parts = []
     for part in x.split(a.batch_size):
         part = part.to(a.device)
@@ -347,7 +354,7 @@ def spearman(x, y):
 
 
 def estimate(samples):
-    """Their mean and its standard error. Of two models: give the differences on the same windows, which is a paired test."""
+    """Their mean and its standard error. To compare two models give the differences on the same windows."""
     return dict(mean=float(np.mean(samples)), error=float(np.std(samples, ddof=1) / math.sqrt(len(samples))))
 
 
@@ -355,7 +362,7 @@ def estimate(samples):
 # ppl: perplexity of halting policies at equal FLOPs
 
 def pick_windows(a, folder, model, state):
-    """Windows spread evenly over the val split: (n, T + 1) to measure on, and (m, T + 1) others to set thresholds on."""
+    """Windows spread evenly over the val split: (n, T + 1) to measure on, (m, T + 1) others to set thresholds on."""
     T = model.cfg.block_size
     val = val_windows(folder, model, state, T)
     n, m = max(2, a.eval_tokens // T), max(2, a.calib_tokens // T)
@@ -363,14 +370,14 @@ def pick_windows(a, folder, model, state):
         m = max(1, round(val.n * m / (n + m)))
         n = val.n - m
     if n < 2:
-        raise UsageError(f'the val split of {folder} has {val.n} windows of {T} tokens: too few to set thresholds and to measure')
+        raise UsageError(f'the val split of {folder} has {val.n} windows of {T} tokens, too few to measure on')
     x = val.batch(np.linspace(0, val.n - 1, n + m).round().astype(int) * T)
     calib = np.linspace(0, n + m - 1, m + 2)[1:-1].round().astype(int)
     return x[np.setdiff1d(np.arange(n + m), calib)], x[calib]
 
 
 def make_row(policy, setting, depth, nll, flops, full, K):
-    """One line of ppl's table. depth, nll: (n, T); flops: of a mean token; full: those of fixed depth, without gates."""
+    """One line of ppl's table. depth, nll: (n, T); flops: of a mean token; full: those of fixed depth without gates."""
     windows = nll.mean(1).numpy()
     return dict(policy=policy, setting=setting, nll=estimate(windows),
                 ppl=math.exp(windows.mean()), flops=flops, saved=1 - flops / full, depth=float(depth.double().mean()),
@@ -422,10 +429,12 @@ def by_depth(depth, nll, levels):
         at = depth == d
         row = dict(depth=d, share=float(at.double().mean()))
         if at.any():
-            row.update(nll=float(nll[at].mean()), nll_full=float(levels[at][:, -1].mean()), nll_first=float(levels[at][:, 0].mean()))
+            for name, x in dict(nll=nll, nll_full=levels[..., -1], nll_first=levels[..., 0]).items():
+                row[name] = float(x[at].mean())
         rows.append(row)
     saving = levels[..., :-1] - levels[..., -1:]
-    return dict(by_depth=rows, spearman=[spearman(depth.flatten().numpy(), s.flatten().numpy()) for s in saving.unbind(-1)])
+    ranks = [spearman(depth.flatten().numpy(), s.flatten().numpy()) for s in saving.unbind(-1)]
+    return dict(by_depth=rows, spearman=ranks)
 
 
 def add_comparisons(rows, main):
@@ -483,21 +492,23 @@ def ppl(a):
                 kinds, targets = ['learned'], {'own tau': None}
             else:  # exits that need no gates, at the FLOPs of the main model's gates where it has some
                 kinds = [k for k in a.policies if k not in ('learned', 'random') and (name == main or k in SCORES)]
-                targets = shares | {r['setting']: r['flops'] for r in rows if (r['model'], r['policy']) == (main, 'learned')}
+                learned = [r for r in rows if (r['model'], r['policy']) == (main, 'learned')]
+                targets = shares | {r['setting']: r['flops'] for r in learned}
             targets = targets if m.cfg.n_iter > 1 else {}
             bar.reset(total=len(kinds) * len(targets))
             bar.set_description(name)
             measured, own = compare_policies(m, x, calib, a, kinds, targets, full, bar)
             rows += [dict(model=name, **r) for r in measured]
-            runs[name] = dict(ckpt=str(path), parameters=sum(p.numel() for p in m.parameters()), n_iter=m.cfg.n_iter, **own)
+            runs[name] = dict(ckpt=path, parameters=count_parameters(m.cfg), n_iter=m.cfg.n_iter, **own)
     add_comparisons(rows, main)
     for r in rows:
         del r['windows']
-    record = dict(group=a.group or f'{Path(folder).name}, {cfg.n_layer} layers of width {cfg.n_embd}', config=asdict(cfg),
-                  train_config=config, data=str(folder), tokens=x[:, 1:].numel(), full_flops=full, runs=runs, rows=rows)
-    print(f'{a.ckpt}: K = {cfg.n_iter}, {runs[main]["parameters"]:,} parameters. {len(x)} windows of {cfg.block_size} tokens '
-          f'of {folder} measured, {len(calib)} others to set thresholds. ±: standard error over windows.\n')
-    print(group_tables(record['group'], summary([record])))
+    group = a.group or f'{Path(folder).name}, {cfg.n_layer} layers of width {cfg.n_embd}'
+    record = dict(group=group, config=asdict(cfg), train_config=config, data=folder, tokens=x[:, 1:].numel(),
+                  full_flops=full, runs=runs, rows=rows)
+    print(f'{a.ckpt}: K = {cfg.n_iter}, {runs[main]["parameters"]:,} parameters. {len(x)} windows of {cfg.block_size} '
+          f'tokens of {folder} measured, {len(calib)} others to set thresholds. ±: standard error over windows.\n')
+    print(group_tables(group, summary([record])))
     report(a, **record)
 
 
@@ -514,7 +525,9 @@ def mean_over_seeds(values):
         return {k: mean_over_seeds([v[k] for v in values]) for k in first if all(k in v for v in values)}
     if isinstance(first, list):
         return [mean_over_seeds(same) for same in zip(*values)]
-    if not isinstance(first, (dict, float)) or None in values:
+    if None in values:
+        return None
+    if not isinstance(first, (dict, float)):
         return first
     if len(values) == 1:
         return first if isinstance(first, dict) else dict(mean=first, error=None)
@@ -525,31 +538,35 @@ def mean_over_seeds(values):
 def summary(runs):
     """One setting over its seeds. rows: 'model, policy, setting' -> means, of those that all runs have."""
     keyed = [{', '.join((r['model'], r['policy'], r['setting'])): r for r in run['rows']} for run in runs]
-    return dict(seeds=[run['train_config'].get('seed') for run in runs], data=runs[0]['data'], tokens=runs[0]['tokens'],
-                rows=mean_over_seeds(keyed), models=mean_over_seeds([run['runs'] for run in runs]))
+    seeds = [run['train_config'].get('seed') for run in runs]
+    if len(set(seeds)) < len(seeds):
+        raise UsageError(f'two files of {runs[0]["group"]} have one seed: tell settings apart by ppl --group')
+    return dict(seeds=seeds, data=runs[0]['data'], tokens=runs[0]['tokens'], rows=mean_over_seeds(keyed),
+                models=mean_over_seeds([run['runs'] for run in runs]))
 
 
 def group_tables(name, group):
     """Tables of one setting: the policies at equal FLOPs, and the tokens of each model by depth."""
     def cells(row, **forms):
         return [show(form, row.get(field)) for field, form in forms.items()]
-    forms = dict(flops='{:.4g}', saved='{:.1%}', depth='{:.2f}', nll='{:.4f}', ppl='{:.3f}', over_learned='{:+.4f}', retained='{:.1%}')
-    text = f'## {name}\n\nSeeds: {", ".join(map(str, group["seeds"]))}. NLL in nats a token; saved: of the inference FLOPs of '
-    text += 'fixed depth without gates; over learned: the NLL less that of the learned gates at the same FLOPs.\n\n'
+    forms = dict(flops='{:.4g}', saved='{:.1%}', depth='{:.2f}', nll='{:.4f}', ppl='{:.3f}', over_learned='{:+.4f}',
+                 retained='{:.1%}')
+    text = f'## {name}\n\nSeeds: {", ".join(map(str, group["seeds"]))}. NLL in nats a token. Saved: of the inference '
+    text += 'FLOPs of fixed depth without gates. Over learned: NLL minus that of the learned gates at the same FLOPs.\n\n'
     header = ['model, policy, setting', 'FLOPs', 'saved', 'depth', 'NLL', 'perplexity', 'over learned', 'gain retained']
     text += table(header, [[key, *cells(row, **forms)] for key, row in group['rows'].items()])
     forms = dict(share='{:.1%}', nll='{:.3f}', nll_full='{:.3f}', nll_first='{:.3f}')
     for model, found in group['models'].items():
         if 'by_depth' in found:
             rank = ', '.join(show('{:.3f}', r) or 'none' for r in found['spearman'])
-            text += f'\nTokens of {model} by depth. Its rank correlation with what the iterations after 1, 2, .. save: {rank}.\n\n'
+            text += f'\nTokens of {model} by depth; rank correlation with what later iterations save: {rank}\n\n'
             text += table(['depth', 'share', 'NLL', 'NLL if none halts', 'NLL after iteration 1'],
                           [[r['depth'], *cells(r, **forms)] for r in found['by_depth']])
     return text + '\n'
 
 
 def results(a):
-    """Means over the seeds of each setting, from JSON files of ppl, or from a results.json: results.json, results.md, two pictures."""
+    """Means over the seeds of each setting, from JSON files of ppl or a results.json: tables and two pictures."""
     found, groups = defaultdict(list), {}
     for path in a.files:
         try:
@@ -562,7 +579,8 @@ def results(a):
             raise UsageError(f'{path} is not a JSON file of bench.py ppl, nor a results.json') from None
     try:
         groups.update({name: summary(runs) for name, runs in found.items()})
-        text = 'Mean ± standard deviation over seeds.\n\n' + ''.join(group_tables(name, group) for name, group in groups.items())
+        text = 'Mean ± standard deviation over seeds.\n\n'
+        text += ''.join(group_tables(name, group) for name, group in groups.items())
     except (KeyError, TypeError, AttributeError, IndexError):
         raise UsageError(f'{", ".join(a.files)}: not all are JSON files of this version of bench.py ppl') from None
     print(text)
@@ -586,7 +604,7 @@ def draw_groups(plt, groups, draw, width, height):
 
 
 def draw_iso_flops(ax, group):
-    """NLL against FLOPs saved, a line a policy. Bars: standard deviation over seeds of the distance to the learned gates."""
+    """NLL against FLOPs saved, a line a policy. Bars: deviation over seeds of the distance to the learned gates."""
     for name, model in group['models'].items():
         row = group['rows'].get(f'{name}, fixed depth, max_iter {model["n_iter"]}')
         if row and name != 'adaptive':
@@ -595,9 +613,9 @@ def draw_iso_flops(ax, group):
     for model, policy in dict.fromkeys((r['model'], r['policy']) for r in rows):
         points = sorted((100 * r['saved']['mean'], r['nll']['mean'], r.get('over_learned', {}).get('error') or 0)
                         for r in rows if (r['model'], r['policy']) == (model, policy))
-        main, learned = model == 'adaptive', policy == 'learned'
-        ax.errorbar(*zip(*points), label=policy if main else f'{model}, {policy}', marker='o', ms=4, capsize=2,
-                    color='black' if learned else f'C{POLICIES.index(policy)}', lw=2 if learned else 1, ls='-' if main else ':')
+        label, style = (policy, '-') if model == 'adaptive' else (f'{model}, {policy}', ':')
+        colour, width = ('black', 2) if policy == 'learned' else (f'C{POLICIES.index(policy)}', 1)
+        ax.errorbar(*zip(*points), label=label, marker='o', ms=4, capsize=2, color=colour, lw=width, ls=style)
     ax.set(xlabel='inference FLOPs saved, %', ylabel='validation NLL, nats a token')
     ax.legend(fontsize=7)
 
@@ -607,7 +625,8 @@ def draw_by_depth(ax, group):
     rows = group['models'].get('adaptive', {}).get('by_depth', [])
     for r in rows:
         if 'nll' in r:
-            ax.bar(r['depth'], r['nll']['mean'], 0.1 + 0.8 * r['share']['mean'], yerr=r['nll']['error'] or 0, color='C0', capsize=3)
+            width, error = 0.1 + 0.8 * r['share']['mean'], r['nll']['error'] or 0
+            ax.bar(r['depth'], r['nll']['mean'], width, yerr=error, color='C0', capsize=3)
     ax.set_xticks([r['depth'] for r in rows], [f'{r["depth"]}\n{r["share"]["mean"]:.1%}' for r in rows])
     ax.set(xlabel='depth, iterations; share of the tokens', ylabel='NLL, nats a token')
 
@@ -617,10 +636,10 @@ def draw_by_depth(ax, group):
 
 @torch.inference_mode()
 def count_flops(model, tokens, share):
-    """Run one sequence packed under forced_policy(share) and count. Returns counted and formula, both dict(products, attention), and depth.
+    """Run one sequence packed under forced_policy(share). Returns FLOPs as counted and by formula, and depth (1, T).
 
-    products is everything with a weight: it equals the formula. attention is computed for all queries of a sequence and
-    whole rectangles of keys, while the formula counts the tokens that run and the keys that they see.
+    FLOPs: dict(products, attention). products is everything with a weight, and equals the formula. attention is
+    computed for all queries and all keys; the formula counts the tokens that run and the keys that they see.
     """
     cfg, device = model.cfg, model.embed.weight.device
     vocabulary = []
@@ -644,7 +663,7 @@ def count_flops(model, tokens, share):
 
 
 def flops(a):
-    """Parameters and forward FLOPs a token by part and depth, by formula and as FlopCounterMode counts them in a run."""
+    """Parameters and forward FLOPs a token by part and depth, by formula and as torch counts them in a run."""
     if not a.config + a.ckpt:
         raise UsageError('give --config or --ckpt')
     found = []
@@ -656,13 +675,14 @@ def flops(a):
         parameters = count_parameters(cfg)
         rows = []
         for d in range(1, K + 1):
+            parts = dict(linear=d * f['linear'], attention=d * f['attention'], unembed=f['unembed'],
+                         ponder=(d - 1) * f['ponder'], gates=min(d, K - 1) * f['gate'])
             total = cfg.inference_flops(d, context)
-            rows.append(dict(depth=d, linear=d * f['linear'], attention=d * f['attention'], unembed=f['unembed'],
-                             ponder=(d - 1) * f['ponder'], gates=min(d, K - 1) * f['gate'], total=total, x_vanilla=total / vanilla))
-        print(f'{path}: {parameters:,} parameters, {2 * cfg.vocab_size * cfg.n_embd:,} of them in the two embedding tables and '
-              f'{count_parameters(cfg, "gates"):,} in gates. MFLOPs of a token in a causal pass over {T} tokens:')
-        cells = [[r['depth'], *(f'{v / 1e6:.3f}' for v in list(r.values())[1:-1]), f'{r["x_vanilla"]:.3f}'] for r in rows]
-        print(table([name.replace('_', ' ') for name in rows[0]], cells))
+            rows.append(dict(depth=d, **parts, total=total, x_vanilla=total / vanilla))
+        tables, gates = 2 * cfg.vocab_size * cfg.n_embd, count_parameters(cfg, 'gates')
+        print(f'{path}: {parameters:,} parameters, {tables:,} of them in the embedding tables and {gates:,} in gates. '
+              f'FLOPs of a token in a causal pass over {T} tokens:\n')
+        print(table(rows[0].keys(), [[f'{value:.4g}' for value in row.values()] for row in rows]))
         counted = None
         if parameters <= a.count_below:
             seen, formula, depth = count_flops(load(path, a)[0], min(128, cfg.block_size), share=0.5)
@@ -670,7 +690,7 @@ def flops(a):
             print(f'Counted in a packed run of {depth.numel()} tokens, mean depth {counted["depth"]:.2f}: products '
                   f'{seen["products"] / formula["products"]:.4f} x formula, attention '
                   f'{seen["attention"] / formula["attention"]:.2f} x (all queries, masked keys).\n')
-        found.append(dict(path=path, config=asdict(cfg), parameters=parameters, context=context, depths=rows, counted=counted))
+        found.append(dict(path=path, config=asdict(cfg), parameters=parameters, depths=rows, counted=counted))
     report(a, configs=found)
 
 
@@ -679,13 +699,13 @@ def flops(a):
 
 def seconds(fn, device):
     """Run fn. Returns the seconds that it took, and what it returned."""
-    cuda = torch.device(device).type == 'cuda'
-    if cuda:
-        torch.cuda.synchronize()
+    def wait():  # until the device has done what it was given
+        if torch.device(device).type != 'cpu':
+            torch.accelerator.synchronize()
+    wait()
     start = time.perf_counter()
     out = fn()
-    if cuda:
-        torch.cuda.synchronize()
+    wait()
     return time.perf_counter() - start, out
 
 
@@ -704,9 +724,10 @@ def time_prefill(model, x, **kw):
 
 
 def time_decode(model, prompts, n, policy=None):
-    """The same for decoding n tokens a prompt in as many slots: from when every prompt is in until so many tokens are out."""
+    """The same for decoding n tokens a prompt, each in a slot: from when all prompts are in until so many are out."""
     context, flops = [len(p) + 1 for p in prompts], 0.0
-    steps = stream(model, prompts, 2 * n, temperature=0, policy=policy, slots=len(prompts))  # more than n: no slot runs dry
+    # a budget of more than n, so that no slot runs dry while others are slower
+    steps = stream(model, prompts, 2 * n, temperature=0, policy=policy, slots=len(prompts))
     for _ in range(len(prompts)):
         next(steps)  # the first token of each comes with its prefill
     t, made = seconds(lambda: list(islice(steps, n * len(prompts))), model.embed.weight.device)
@@ -733,8 +754,10 @@ def training_step(model, x, a, execution='dense', policy=None):
 
     def timed():
         t, out = seconds(step, x.device)
-        depth = out.depth.cpu() if execution == 'packed' else torch.full(out.depth.shape, model.cfg.n_iter)  # dense runs all
-        flops = 3 * float(model.cfg.inference_flops(depth, x.size(1) / 2).sum())  # the backward pass takes twice the forward's
+        depth = out.depth.cpu()
+        if execution == 'dense':  # which runs halted tokens too
+            depth = torch.full_like(depth, model.cfg.n_iter)
+        flops = 3 * float(model.cfg.inference_flops(depth, x.size(1) / 2).sum())  # backward: twice the forward's
         return dict(seconds=t, tokens=depth.numel(), flops=flops, depth=float(depth.double().mean()))
     return timed
 
@@ -744,7 +767,7 @@ def compiled_graphs():
 
 
 def time_variants(case, variants, rounds):
-    """Run the variants in turn, A B C A B C ...: rows with quartiles of the time a token, and of its ratio to A's in the same round.
+    """Run the variants in turn, A B C A B C ..: quartiles of the time a token, and of its ratio to A's in that round.
 
     Before that each runs until it compiles no more graphs, so that compiling and capturing stay outside the timed part.
     """
@@ -782,7 +805,7 @@ def speed_text(a, model, state, n, length):
 
 
 def speed_cases(a, model, state, length, prompt, new):
-    """What speed() times: pairs (case, variants), variants: name -> function that returns dict(seconds, tokens, flops, depth)."""
+    """What speed() times: pairs (case, variants). variants: name -> function -> dict(seconds, tokens, flops, depth)."""
     fixed, vanilla = with_config(model, halting=False), with_config(model, halting=False, n_iter=1)
     if a.compile:
         for m in (model, fixed, vanilla):
@@ -822,7 +845,8 @@ def speed(a):
     torch.set_num_threads(a.threads or torch.get_num_threads())
     model, state = load(a.ckpt or a.config, a)
     cfg, T = model.cfg, model.cfg.block_size
-    length, prompt, new = a.length or min(1024, T), a.prompt or max(1, min(64, T // 4)), a.new or max(1, min(32, T // 4))
+    quarter = max(1, T // 4)
+    length, prompt, new = a.length or min(1024, T), a.prompt or min(64, quarter), a.new or min(32, quarter)
     if cfg.n_iter == 1 or not cfg.halting:
         raise UsageError('speed compares adaptive with fixed depth: give a model with gates and n_iter > 1')
     if max(length, prompt + 2 * new) > T:
@@ -831,14 +855,15 @@ def speed(a):
     rows = []
     for case, variants in speed_cases(a, model, state, length, prompt, new):
         rows += time_variants(case, variants, a.rounds)
-    print(f'{a.ckpt or a.config}: {cfg.n_layer} layers, width {cfg.n_embd}, vocabulary {cfg.vocab_size}, K = {cfg.n_iter}, {a.dtype} '
-          f'on {a.device}; prompts of {prompt} tokens, {new} new ones a slot; {a.rounds} rounds taken in turn.\n')
-    header = ['case', 'variant', 'depth', 'ms a token', '[quartiles]', 'tokens/s', 'time ratio', '[quartiles]', 'FLOP ratio', 'time / FLOPs']
+    print(f'{a.ckpt or a.config}: K = {cfg.n_iter}, {count_parameters(cfg):,} parameters, {a.dtype} on {a.device}; '
+          f'prompts of {prompt} tokens, {new} new ones a slot. Medians and [quartiles] of {a.rounds} rounds.\n')
+    header = ['case', 'variant', 'depth', 'tokens/s', 'ms a token', 'time ratio', 'FLOP ratio', 'time / FLOPs']
     cells = []
     for r in rows:
         (low, ms, high), (ratio_low, ratio, ratio_high) = r['ms_per_token'], r['time_ratio']
-        cells.append([r['case'], r['variant'], f'{r["depth"]:.2f}', f'{ms:.3f}', f'[{low:.3f} {high:.3f}]', f'{1e3 / ms:.1f}',
-                      f'{ratio:.3f}', f'[{ratio_low:.3f} {ratio_high:.3f}]', f'{r["flop_ratio"]:.3f}', f'{ratio / r["flop_ratio"]:.3f}'])
+        cells.append([r['case'], r['variant'], f'{r["depth"]:.2f}', f'{1e3 / ms:.1f}',
+                      f'{ms:.3f} [{low:.3f} {high:.3f}]', f'{ratio:.3f} [{ratio_low:.3f} {ratio_high:.3f}]',
+                      f'{r["flop_ratio"]:.3f}', f'{ratio / r["flop_ratio"]:.3f}'])
     print(table(header, cells, left=2))
     report(a, config=asdict(cfg), rows=rows)
 
@@ -882,8 +907,9 @@ class AllTokensRun(TorchFunctionMode):
 def activation_memory(cfg, batch_size, bfloat16=True, remat=False, like_gpu=True):
     """Bytes at the peak of a forward and backward pass over batch_size sequences, beyond weights, gradients and AdamW.
 
-    Runs the model itself on fake tensors, which have shapes and no values, so any size fits any machine. like_gpu: along
-    the model's paths for a GPU. torch.compile keeps less; autograd, where it adds gradients in place, up to 8 V d bytes less.
+    Runs the model itself on fake tensors, which have shapes and no values, so any size fits any machine. like_gpu: the
+    paths that the model takes on a GPU. An upper bound: torch.compile keeps less, and where autograd adds up gradients
+    of the embedding tables in place, it is up to 8 V d bytes less.
     """
     with FakeTensorMode():
         with torch.device('meta'):
@@ -925,34 +951,34 @@ def plan(a):
     largest = max(0, math.floor(t.batch_size + (room - need) / each))
     cache = 2 * cfg.n_layer * K * cfg.n_embd * cfg.block_size * (2 if bfloat16 else 4)
 
-    print(f'{a.config}: P = {P:,} parameters, L = {cfg.n_layer}, d = {cfg.n_embd}, V = {cfg.vocab_size}, K = {K}; N = {t.batch_size} x '
-          f'{t.block_size} = {N:,} tokens a micro-batch; {a.gpus} x {a.gpu}\n')
+    speed = f'{tokens / hours * a.gpus / 3600:,.0f} tokens/s, {hours:,.0f} GPU hours'
+    price = None if a.price is None else hours * a.price
     rows = [['tokens', f'{tokens / 1e9:.3f} B', f'{steps:,} steps x {t.gradient_accumulation_steps} N'],
             ['forward, a token', f'{forward / 1e9:.3f} GFLOPs', 'if all tokens run all iterations, see bench.py flops'],
-            ['training', f'{training:.3e} FLOPs', f'3 x forward x tokens; n_iter=1: {forward / vanilla:.2f} times less'],
-            ['time', f'{hours / a.gpus / 24:.2f} days', f'FLOPs / (GPUs x {peak / 1e12:.0f} TFLOP/s x MFU {a.mfu:.0%}): '
-             f'{tokens / hours * a.gpus / 3600:,.0f} tokens/s, {hours:,.0f} GPU hours']]
-    if a.price is not None:
-        rows.append(['price', f'${hours * a.price:,.0f}', f'GPU hours x ${a.price:g}'])
-    formulas = dict(weights='4 P: float32', gradients='4 P', optimizer='8 P' + (' / GPUs' if t.shard_optimizer else '') + ': AdamW',
-                    activations='of a micro-batch, at the peak; counted in a run on tensors without values')
-    rows += [*([name, f'{memory[name] / 1e9:.2f} GB', formula] for name, formula in formulas.items()),
-             ['a GPU', f'{need / 1e9:.2f} GB', f'of {gigabytes}' + (': TOO MUCH, lower batch_size or set remat or shard_optimizer'
-                                                               if need > room else '')],
+            ['training', f'{training:.3e} FLOPs', f'3 x forward x tokens; {forward / vanilla:.2f} x n_iter=1'],
+            ['time', f'{hours / a.gpus / 24:.2f} days', f'{peak / 1e12:.0f} TFLOP/s x MFU {a.mfu:.0%} a GPU: {speed}'],
+            ['price', show('${:,.0f}', price), 'GPU hours x --price']]
+    formulas = dict(weights='4 P: float32', gradients='4 P: float32', optimizer=f'8 P / {shards}: two moments, float32',
+                    activations='of a micro-batch at its peak, counted on tensors without values')
+    rows += [[name, f'{memory[name] / 1e9:.2f} GB', formula] for name, formula in formulas.items()]
+    rows += [['a GPU', f'{need / 1e9:.2f} GB', f'of {gigabytes}'],
              ['fits', f'batch_size {largest}', f'the largest; each sequence takes {each / 1e9:.3f} GB'],
              ['decoding', f'{cache / 1e9:.2f} GB', f'K and V of one sequence of {cfg.block_size} tokens']]
-    print(table(['', '', ''], rows, left=3))
+    print(f'{a.config}: P = {P:,} parameters, K = {K}, N = {t.batch_size} x {t.block_size} tokens a micro-batch\n')
+    print(table(['', f'{a.gpus} x {a.gpu}', 'how'], rows, left=3))
+    if need > room:
+        print('TOO MUCH for the GPU: lower batch_size, or set remat or shard_optimizer')
     if t.gradient_accumulation_steps % a.gpus:
-        print(f'\ngradient_accumulation_steps ({t.gradient_accumulation_steps}) is not a multiple of {a.gpus}: train.py would refuse it')
-    report(a, config=asdict(cfg), parameters=P, tokens=tokens, forward_flops=forward, training_flops=training, gpu_hours=hours,
-           dollars=None if a.price is None else hours * a.price, memory=memory, peak_memory=need, largest_batch_size=largest)
+        print(f'train.py will refuse: gradient_accumulation_steps must be a multiple of {a.gpus}')
+    report(a, config=asdict(cfg), parameters=P, tokens=tokens, forward_flops=forward, training_flops=training,
+           gpu_hours=hours, memory=memory, peak_memory=need, largest_batch_size=largest)
 
 
 # -----------------------------------------------------------------------------
 # downstream: lm-evaluation-harness
 
 def sampling_of(settings):
-    """lm-eval's generation settings of a request as its own hf model takes them: (stop strings, new tokens, temperature, top_k, top_p)."""
+    """Settings of a generation as lm-eval's hf model has them: (until, new tokens, temperature, top_k, top_p)."""
     until = settings.get('until') or []
     until = [until] if isinstance(until, str) else list(until)
     names = ('max_gen_toks', 'max_new_tokens', 'max_tokens', 'max_completion_tokens')
@@ -967,7 +993,7 @@ def sampling_of(settings):
 
 
 def harness_model(model, enc, a):
-    """An lm_eval model around this one. Every request runs at adaptive depth; its list `spent` sums tokens, iterations, FLOPs."""
+    """An lm_eval model around this one, at adaptive depth. Its list `spent` sums tokens, iterations and FLOPs."""
     from lm_eval import utils
     from lm_eval.api.model import TemplateLM
     T, eot = model.cfg.block_size, enc.eot_token
@@ -988,9 +1014,10 @@ def harness_model(model, enc, a):
 
         @torch.inference_mode()
         def _loglikelihood_tokens(self, requests, **rest):
-            """requests: (_, context, continuation), lists of tokens. Returns (log-probability, is it the greedy continuation) of each."""
+            """requests: (_, context, continuation), lists of tokens. Returns pairs (log-probability, is it greedy)."""
             done = [None] * len(requests)
-            order = sorted(range(len(requests)), key=lambda n: -len(requests[n][1]) - len(requests[n][2]))  # little padding
+            # sorted by length, so that there is little padding
+            order = sorted(range(len(requests)), key=lambda n: -len(requests[n][1]) - len(requests[n][2]))
             for first in tqdm(range(0, len(order), a.batch_size), desc='loglikelihood', leave=False):
                 numbers = order[first:first + a.batch_size]
                 texts = [(requests[n][1] + requests[n][2])[-T - 1:-1] for n in numbers]
@@ -1019,7 +1046,7 @@ def harness_model(model, enc, a):
             return [sum(next(values)[0] for _ in ws) for ws in windows]
 
         def generate_until(self, requests, disable_tqdm=False):
-            """Texts up to a stop string, the wished length or the end of the text. Requests of one setting run together."""
+            """Texts up to a stop string, the wished length or their end. Requests of the same settings run together."""
             done, alike = [None] * len(requests), defaultdict(list)
             for n, r in enumerate(requests):
                 alike[repr(r.args[1])].append(n)
@@ -1081,27 +1108,28 @@ def downstream(a):
     seeds = {f'{what}_seed': a.seed for what in ('random', 'numpy_random', 'torch_random', 'fewshot_random')}
     for task in tasks:
         lm.spent = [0, 0, 0.0]
-        found = lm_eval.simple_evaluate(lm, tasks=[task], num_fewshot=a.num_fewshot, limit=a.limit, task_manager=manager,
-                                        log_samples=False, bootstrap_iters=1000, **seeds)
+        found = lm_eval.simple_evaluate(lm, tasks=[task], num_fewshot=a.num_fewshot, limit=a.limit,
+                                        task_manager=manager, log_samples=False, bootstrap_iters=1000, **seeds)
         n, depth, flops = lm.spent
         for name, result in found['results'].items():
             for metric, value in result.items():
                 if isinstance(value, float) and '_stderr' not in metric:
                     error = result.get(metric.replace(',', '_stderr,'))
                     value = dict(mean=value, error=error if isinstance(error, float) else None)
-                    rows.append(dict(task=name, metric=metric.split(',')[0], value=value, tokens=n, depth=depth / n, flops=flops / n))
+                    rows.append(dict(task=name, metric=metric.split(',')[0], value=value, tokens=n, depth=depth / n,
+                                     flops=flops / n))
     print(f'\n{a.ckpt}: K = {model.cfg.n_iter}, tau {model.cfg.tau if a.tau is None else a.tau:g}, '
           f'at most {a.max_iter or model.cfg.n_iter} iterations, {a.num_fewshot or 0} shots\n')
-    cells = [[r['task'], r['metric'], show('{:.4f}', r['value']), f'{r["depth"]:.2f}', f'{r["flops"] / 1e6:.2f}'] for r in rows]
-    print(table(['task', 'metric', 'value', 'mean depth', 'MFLOPs/token'], cells, left=2))
+    forms = dict(task='{}', metric='{}', value='{:.4f}', depth='{:.2f}', flops='{:.4g}')  # means over tokens
+    print(table(forms, [[show(form, r[key]) for key, form in forms.items()] for r in rows], left=2))
     report(a, config=asdict(model.cfg), rows=rows)
 
 
 # -----------------------------------------------------------------------------
 # curves: the logs of runs side by side
 
-COLUMNS = dict(tokens='{:,}', loss='{:.4f}', val_loss='{:.4f}', depth='{:.2f}', val_depth='{:.2f}', val_flops_saved='{:.1%}',
-               tokens_per_second='{:,.0f}', mfu='{:.1%}')
+COLUMNS = dict(tokens='{:,}', loss='{:.4f}', val_loss='{:.4f}', depth='{:.2f}', val_depth='{:.2f}',
+               val_flops_saved='{:.1%}', tokens_per_second='{:,.0f}', mfu='{:.1%}')
 PANELS = ('loss', 'val_loss', 'depth', 'val_depth', 'grad_norm', 'gate_mean', 'tokens_per_second', 'lr')
 
 
@@ -1125,8 +1153,9 @@ def read_log(folder):
 def curves(a):
     """The logs of runs side by side: a table of how far they are, and a picture. loss is the cross entropy."""
     logs = {folder: read_log(folder) for folder in a.folders}
-    print(table(['run', *COLUMNS], [[folder, *(show(form, log[key][-1][1] if log[key] else None) for key, form in COLUMNS.items())]
-                                    for folder, log in logs.items()]))
+    cells = [[folder, *(show(form, log[key][-1][1]) if log[key] else '' for key, form in COLUMNS.items())]
+             for folder, log in logs.items()]
+    print(table(['run', *COLUMNS], cells))
     plt = pyplot()
     if plt:
         fig, axes = plt.subplots(2, 4, figsize=(18, 7))
@@ -1171,7 +1200,7 @@ def make_parser():
         c.add_argument('--json', type=PATH, help='write the numbers here')
         c.add_argument('--seed', type=number(int, 0, 2 ** 32 - 1), default=1337)
         if runs:
-            c.add_argument('--device', default='auto', help='cpu, cuda, cuda:1, mps; auto: cuda where there is one, else cpu')
+            c.add_argument('--device', default='auto', help='cpu, cuda, cuda:1, mps; auto: a GPU where there is one')
             c.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
         return c.add_argument
 
@@ -1179,13 +1208,14 @@ def make_parser():
     arg('--config', nargs='*', type=PATH, default=[], help='config files')
     arg('--ckpt', nargs='*', type=PATH, default=[], help='checkpoints or GPT-NeoX folders')
     arg('--context', type=COUNT, help='tokens of the causal pass; default block_size')
-    arg('--count_below', type=number(int, 0), default=300_000_000, help='count in a run too if it has at most so many parameters')
+    arg('--count_below', type=number(int, 0), default=300_000_000, help='count a run of models with no more parameters')
 
     arg = command(ppl)
     arg('--ckpt', required=True, type=PATH, help='a ckpt.pt of train.py')
     arg('--data', type=PATH, help='a folder of prepare_data.py; default: the one that the checkpoint was trained on')
-    arg('--others', nargs='+', default=[], metavar='NAME=CKPT', help='other models: with gates as they were trained, without '
-        'gates under exits by confidence and convergence; those named vanilla and fixed say which gain is retained')
+    arg('--others', nargs='+', default=[], metavar='NAME=CKPT',
+        help='other models: with gates as they were trained, without gates under exits by confidence and convergence; '
+        'the gain that is retained is that of the one named fixed over the one named vanilla')
     arg('--policies', nargs='+', choices=POLICIES, default=POLICIES)
     arg('--save', nargs='*', type=SHARE, default=[0.05, 0.15, 0.25], help="shares of fixed depth's FLOPs to save")
     arg('--eval_tokens', type=COUNT, default=32768, help='of the val split, to measure on')
@@ -1201,9 +1231,9 @@ def make_parser():
     arg('--ckpt', type=PATH, help='a checkpoint or a GPT-NeoX folder')
     arg('--config', type=PATH, help='a config file: random weights in its shape')
     arg('--cases', nargs='+', choices=('prefill', 'decode', 'train'), default=['prefill', 'decode', 'train'])
-    arg('--share', nargs='*', type=SHARE, default=[0.0, 0.5], help='of the (token, iteration 2 .. K) pairs that do not run')
+    arg('--share', nargs='*', type=SHARE, default=[0.0, 0.5], help='of the pairs (token, iteration 2 .. K) not to run')
     arg('--data', type=PATH, help='a folder of prepare_data.py: its val split instead of random tokens')
-    arg('--length', type=number(int, 2), help='tokens of a text to prefill and to train on; default: block_size, at most 1024')
+    arg('--length', type=number(int, 2), help='tokens to prefill and to train on; default: block_size, at most 1024')
     arg('--batch_size', type=COUNT, default=1, help='such texts at a time')
     arg('--slots', nargs='*', type=COUNT, default=[1, 8, 32, 128], help='texts to decode at a time')
     arg('--prompt', type=COUNT, help='tokens of a prompt to decode from; default: a quarter of block_size, at most 64')
@@ -1217,7 +1247,7 @@ def make_parser():
     arg('--set', nargs='*', default=[], metavar='KEY=VALUE', help='changes to the config')
     arg('--gpu', default='H100', choices=GPUS)
     arg('--gpus', type=COUNT, default=8)
-    arg('--mfu', type=number(float, 1e-3, 1), default=0.4, help='the share of the peak that is reached; train.py prints it')
+    arg('--mfu', type=number(float, 1e-3, 1), default=0.4, help='share of the peak that is reached, see train.py')
     arg('--price', type=number(float, 0), help='dollars a GPU hour')
 
     arg = command(downstream)
@@ -1244,6 +1274,8 @@ def check_outputs(a):
         Path(a.out).mkdir(parents=True, exist_ok=True)
         files += [Path(a.out) / name for name in ('results.md', 'results.json', 'isoflops.png', 'nll_by_depth.png')]
     if a.command == 'curves':
+        if Path(a.out).suffix not in ('.png', '.pdf', '.svg'):
+            raise UsageError(f'--out must end in .png, .pdf or .svg, unlike {a.out}')
         Path(a.out).parent.mkdir(parents=True, exist_ok=True)
         files.append(a.out)
     for file in files:
@@ -1252,10 +1284,11 @@ def check_outputs(a):
 
 def main(argv=None):
     a = make_parser().parse_args(argv)
+    run = vars(a).pop('run')
     check_outputs(a)
     if 'device' in a:
         a.device = get_device(a.device)
-    a.run(a)
+    run(a)
 
 
 if __name__ == '__main__':

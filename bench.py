@@ -951,12 +951,12 @@ def plan(a):
     largest = max(0, math.floor(t.batch_size + (room - need) / each))
     cache = 2 * cfg.n_layer * K * cfg.n_embd * cfg.block_size * (2 if bfloat16 else 4)
 
-    speed = f'{tokens / hours * a.gpus / 3600:,.0f} tokens/s, {hours:,.0f} GPU hours'
+    rate = f'{tokens / hours * a.gpus / 3600:,.0f} tokens/s, {hours:,.0f} GPU hours'
     price = None if a.price is None else hours * a.price
     rows = [['tokens', f'{tokens / 1e9:.3f} B', f'{steps:,} steps x {t.gradient_accumulation_steps} N'],
             ['forward, a token', f'{forward / 1e9:.3f} GFLOPs', 'if all tokens run all iterations, see bench.py flops'],
             ['training', f'{training:.3e} FLOPs', f'3 x forward x tokens; {forward / vanilla:.2f} x n_iter=1'],
-            ['time', f'{hours / a.gpus / 24:.2f} days', f'{peak / 1e12:.0f} TFLOP/s x MFU {a.mfu:.0%} a GPU: {speed}'],
+            ['time', f'{hours / a.gpus / 24:.2f} days', f'{peak / 1e12:.0f} TFLOP/s x MFU {a.mfu:.0%} a GPU: {rate}'],
             ['price', show('${:,.0f}', price), 'GPU hours x --price']]
     formulas = dict(weights='4 P: float32', gradients='4 P: float32', optimizer=f'8 P / {shards}: two moments, float32',
                     activations='of a micro-batch at its peak, counted on tensors without values')

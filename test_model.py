@@ -2509,7 +2509,7 @@ def test_plan_arithmetic(tmp_path, capsys):
     memory = got['memory']
     assert memory['weights'] == memory['gradients'] == 4 * P and memory['optimizer'] == P and 'TOO MUCH' not in text
     assert got['peak_memory'] == sum(memory.values())
-    big = shape_file(tmp_path / 'b.py', vocab_size=50304, block_size=2048, n_layer=4, n_head=8, n_embd=512, batch_size=64,
+    big = shape_file(tmp_path / 'b.py', vocab_size=2048, block_size=2048, n_layer=4, n_head=8, n_embd=512, batch_size=64,
                      gradient_accumulation_steps=7)
     got, text = run_bench(capsys, 'plan', '--config', big, '--gpu', 'RTX 4090', '--json', tmp_path / 'p.json')
     assert 'TOO MUCH' in text and 'must be a multiple of 8' in text
@@ -2613,7 +2613,7 @@ def test_curves(tmp_path, capsys):
     ('ppl --ckpt a.pt --eval_tokens -5', 'must be'), ('ppl --ckpt a.pt --save 2', 'must be'), ('ppl --ckpt a.pt --save nan', 'must be'),
     ('ppl --ckpt a.pt --device gpu', 'device'), ('ppl --ckpt a.pt --json .', 'folder'), ('ppl --ckpt a.pt --json no/x.json', 'cannot'),
     ('results junk.json', 'junk.json'), ('results half.json', 'half.json'), ('results list.json', 'list.json'),
-    ('results junk.json --out junk.json', 'junk.json'), ('flops', 'give --config or --ckpt'), ('flops --config e.py', 'takes its shape from'),
+    ('results junk.json --out junk.json', 'junk.json'), ('flops', 'give --config or --ckpt'), ('flops --config e.py', 'starts from'),
     ('flops --config c.py --context -5', 'must be'), ('speed --ckpt v.pt', 'n_iter > 1'), ('speed --config c.py --length 999', 'block_size'),
     ('speed --config c.py --ckpt a.pt', 'give --config or --ckpt'), ('plan --config c.py --gpu abacus', 'abacus'),
     ('plan --config c.py --mfu 2', 'must be'), ('plan --config c.py --set n_embd=65', 'n_embd'), ('curves .', 'no log at'),

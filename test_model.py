@@ -21,9 +21,11 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 import types
 import urllib.error
+import zipfile
 from dataclasses import asdict, fields
 from itertools import count
 from pathlib import Path
@@ -1038,23 +1040,25 @@ def test_sampling_a_pythia_folder_with_its_tokenizer(tmp_path, capsys):
 
 def nasty(rng, n):
     """n characters or a few more of text that tokenizers get wrong."""
-    def some(least, most, *choices):
-        return ''.join(rng.choice(rng.choice(choices)) for _ in range(rng.randint(least, most)))
+    blocks = [(0x300, 0x36F), (0x5B0, 0x5C5), (0x653, 0x655), (0x93C, 0x94D), (0x1AB0, 0x1ACE), (0x20D0, 0x20F0),
+              (0x1D165, 0x1D172), (0x1E130, 0x1E136)]
+    marks = [chr(c) for block in blocks for c in range(*block)] + ['\u09be', '\u0dcf', '\u102e', '\u3099', '\u0f71']
+    letters = [*'aeiouyAENnÅqক가각Αωшдالאبཀﬁ\u212b豈\U0002f80f', *map(chr, range(0x1100, 0x1120))]
+    blanks = [*' \t\n\r\x0b\x0c\x1c\x85\xa0\u1680\u2003\u2028\u202f\u3000\u180e\u200b\ufeff', '  ', '\n\n', ' ' * 30]
+    words = ('<|endoftext|> <|padding|> <|unk|> <|endof text|> <| |> <|endoftext| 0x1F 3.14159 ２０２４ ½Ⅷ² !!! ... #$% '
+             '_a_b ĠĊ \x01 \x7f the Fox función 日本語 русский العربية if x: aaaa ab cd 👍🏽 🇩🇪 ❤️ 1️⃣ 𝔘𝔫𝔦').split(' ')
+    words += ["I'll", "don't", "'S", "'tis"]
 
-    blocks = (0x300, 0x36F), (0x5B0, 0x5C5), (0x653, 0x655), (0x93C, 0x94D), (0x1AB0, 0x1ACE), (0x20D0, 0x20F0), (0x1D165, 0x1D172), (0x1E130, 0x1E136)
-    marks = [chr(c) for block in blocks for c in range(*block)] + ['\u09be', '\u0dcf', '\u102e', '\u3099', '\u0f71\u0f72', '\u0f74']
-    specials = ['<|endoftext|>', '<|padding|>', '<|unk|>', '<|endof', 'text|>', '<|', '|>', '<|endoftext|', '<|  |>', 'ab\t', '\tcd']
-    emoji = ['👩\u200d👩\u200d👧\u200d👦', '🏳️\u200d🌈', '👍🏽', '🇩🇪', '❤️', '☃', '1️⃣', '𝔘𝔫𝔦']
-    signs = ["I'll", "don't", "'S", " 'tis", "we've'd", '0x1F', '3.14159', '２０２４', '½Ⅷ²', '!!!', ' ...', '#$%', '_a_b', 'ĠĊ', '\0\x01', '\x7f']
-    words = ['the', ' quick', 'Fox', 'función', '日本語', 'русский', 'العربية', 'if x:', 'aaaa', 'ab', 'cd ef', ' a b c']
-    kinds = [
-        lambda: ' ' * rng.randint(1, 60),
-        lambda: some(1, 12, ' ', '  ', '\t\n', ' \t\n\r\x0b\x0c\x1c\x85\xa0\u1680\u2003\u2028\u202f\u3000\u180e\u200b\ufeff'),
-        lambda: rng.choice('\t\n\r') * rng.randint(1, 4) + ' ' * rng.randint(1, 26) + rng.choice(['', '\t', '\n', 'x', '\n\n  ']),
-        lambda: some(1, 6, [chr(rng.randrange(max(1, p << 16), (p + 1) << 16)) for p in range(17)]).encode(errors='ignore').decode(),  # less surrogates
-        lambda: some(1, 3, 'aeiouyAENnÅqক가각Αωшдالאبཀ', [chr(rng.randrange(0x1100, 0x1200)), 'ﬁ', 'Å', '\u212b', '\u1e9b\u0323', '豈', '\U0002f80f']) + some(1, 5, marks),
-        lambda: rng.choice(specials) * rng.randint(1, 2), lambda: rng.choice(emoji) * rng.randint(1, 3),
-        lambda: rng.choice(signs), lambda: rng.choice(words) * rng.randint(1, 3)]
+    def any_character():
+        plane = rng.randrange(17)
+        character = chr(rng.randrange(max(1, plane << 16), (plane + 1) << 16))
+        return character.encode(errors='ignore').decode()  # no surrogates
+
+    def several(choices, most):
+        return ''.join(rng.choice(choices) for _ in range(rng.randint(1, most)))
+
+    kinds = [any_character, lambda: several(blanks, 12), lambda: several(letters, 3) + several(marks, 5),
+             lambda: several(words, 3), lambda: rng.choice(['', ' ', '\n']) + rng.choice(words)]
     text = []
     while n > 0:
         text.append(rng.choice(kinds)())
@@ -1062,20 +1066,20 @@ def nasty(rng, n):
     return ''.join(text)
 
 
-def assert_same_tokens(enc, hf, rng, n):
-    """Special tokens as tokens and as ordinary text, and back again."""
-    for _ in range(max(1, n // 2000)):
-        text = nasty(rng, min(n, 2000))
-        for as_text in (False, True):
-            hf.encode_special_tokens = as_text
-            want = hf.encode(text, add_special_tokens=False).ids
-            got = enc.encode_ordinary(text) if as_text else enc.encode(text, allowed_special='all')
-            assert got == want, f'{text!r} at token {next((i for i, (a, b) in enumerate(zip(got, want)) if a != b), "end")}'
-        assert enc.decode(got) == (hf.normalizer.normalize_str(text) if hf.normalizer else text)
+def small_ranks():
+    """256 bytes and some merges."""
+    words = [b'th', b'the', b' the', b'er', b'in', b'  ', b'    ', b'\n\n', b' a', b'oo', b'\xe2\x80', b'\xcc\x81',
+             b'e\xcc\x81', b'\xc3\xa9', b"'l", b"'ll"]
+    return {t: i for i, t in enumerate([bytes([b]) for b in range(256)] + words)}
+
+
+def write_ranks(path, ranks):
+    path.write_bytes(b''.join(base64.b64encode(t) + b' %d\n' % i for t, i in ranks.items()))
+    return path
 
 
 def write_tokenizer_json(path, ranks, added=(), **changes):
-    """A byte-level tokenizer.json of GPT-2's form with the tokens of `ranks`; each one's merge found by running the BPE of all before it."""
+    """A tokenizer.json of GPT-2's form with the tokens of `ranks`; the merge of each is what BPE makes of it before."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     char = {b: chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)}
@@ -1083,24 +1087,21 @@ def write_tokenizer_json(path, ranks, added=(), **changes):
     for token, rank in sorted(ranks.items(), key=lambda x: x[1]):
         parts = [token[i:i + 1] for i in range(len(token))]
         while len(parts) > 2:
-            i = min(range(len(parts) - 1), key=lambda i: r if (r := ranks.get(parts[i] + parts[i + 1], rank)) < rank else rank)
+            found = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
+            i = found.index(min(found))
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
         if len(parts) == 2:
             merges.append([''.join(char[b] for b in part) for part in parts])
-    added = [dict(id=len(ranks) + i, content=content, single_word=False, lstrip=False, rstrip=False, normalized=normalized, special=special)
-             for i, (content, special, normalized) in enumerate([('<|endoftext|>', True, False), *added])]
+    flags = dict(single_word=False, lstrip=False, rstrip=False)
+    added = [dict(id=len(ranks) + i, content=content, special=special, normalized=normalized, **flags)
+             for i, (content, special, normalized) in enumerate([(EOT, True, False), *added])]
     byte_level = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=True)
-    spec = dict(version='1.0', truncation=None, padding=None, added_tokens=added, normalizer=None, pre_tokenizer=byte_level, post_processor=byte_level,
-                decoder=byte_level, model=dict(type='BPE', dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None, fuse_unk=False,
-                                               byte_fallback=False, ignore_merges=False, vocab={''.join(char[b] for b in t): i for t, i in ranks.items()}, merges=merges))
-    path.write_text(json.dumps({**spec, **changes}))
+    vocab = {''.join(char[b] for b in token): i for token, i in ranks.items()}
+    spec = dict(version='1.0', truncation=None, padding=None, added_tokens=added, normalizer=None, decoder=byte_level,
+                pre_tokenizer=byte_level, post_processor=byte_level,
+                model=dict(type='BPE', dropout=None, byte_fallback=False, vocab=vocab, merges=merges))
+    path.write_text(json.dumps({**spec, **changes}), encoding='utf-8')
     return path
-
-
-def small_ranks():
-    """256 bytes and some merges."""
-    words = [b'th', b'the', b' the', b'er', b'in', b'  ', b'    ', b'\n\n', b' a', b'oo', b'\xe2\x80', b'\xcc\x81', b'e\xcc\x81', b'\xc3\xa9', b"'l", b"'ll"]
-    return {t: i for i, t in enumerate([bytes([b]) for b in range(256)] + words)}
 
 
 def shared(name):
@@ -1131,7 +1132,8 @@ def split_texts(folder, split):
             tokens = []
         else:
             tokens.append(t)
-    assert not tokens and len(texts) == meta[split]['documents'] and sum(len(t.encode()) for t in texts) == meta[split]['bytes']
+    assert not tokens and len(texts) == meta[split]['documents']
+    assert sum(len(t.encode()) for t in texts) == meta[split]['bytes']
     return texts
 
 
@@ -1141,174 +1143,215 @@ def some_texts(n, seed=0):
 
 
 def write_jsonl(path, texts):
-    path.write_text(''.join(json.dumps({'text': t, 'meta': {'n': i}}, ensure_ascii=bool(i % 2)) + '\n' * (1 + i % 3 // 2) for i, t in enumerate(texts)))
+    """Every other line in ASCII, and an empty line now and then."""
+    lines = [json.dumps({'text': t, 'meta': {'n': i}}, ensure_ascii=bool(i % 2)) for i, t in enumerate(texts)]
+    path.write_text(''.join(line + '\n' * (1 + i % 3 // 2) for i, line in enumerate(lines)), encoding='utf-8')
     return path
+
+
+def write_files(folder, files):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data.encode() if isinstance(data, str) else data)
+    return folder
+
+
+def refuses(call, words):
+    """One sentence, as a UsageError, that holds these words."""
+    with pytest.raises(prepare_data.UsageError) as e:
+        call()
+    assert words in str(e.value) and '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('body, code, err', [
+    ('raise p.UsageError("bad \\udcff é, do this")', 2, 'x.py: bad \\udcff é, do this\n'),
+    ('open("none")', 2, "x.py: [Errno 2] No such file or directory: 'none'\n"),
+    ('raise KeyboardInterrupt', 130, 'interrupted\n'), ('print("é \\udcff")', 0, ''), ('{}[1]', 1, 'KeyError: 1\n')])
+def test_command_line(tmp_path, body, code, err):
+    write_files(tmp_path, {'x.py': f'import prepare_data as p\ndef main():\n    {body}\np.command_line(main)'})
+    env = {**os.environ, 'PYTHONPATH': str(HERE), 'PYTHONIOENCODING': 'ascii:strict'}
+    done = subprocess.run([sys.executable, 'x.py'], cwd=tmp_path, env=env, capture_output=True)
+    assert done.returncode == code and done.stderr.decode().endswith(err)
+    assert ('Traceback' in done.stderr.decode()) == (code == 1)
+
+
+def test_files_appear_whole_and_only_where_they_can(tmp_path, monkeypatch):
+    prepare_data.check_writable(tmp_path / 'x')
+    assert not any(tmp_path.iterdir())
+    prepare_data.write_beside(tmp_path / 'x', b'old')
+    for path, words in ((tmp_path, 'folder'), (tmp_path / 'no' / 'x', 'cannot be written'), ('/dev/null', 'regular'),
+                        (tmp_path / ('x' * 300), 'cannot be written'), (tmp_path / 'x' / 'y', 'cannot be written')):
+        refuses(lambda: prepare_data.check_writable(path), words)
+    monkeypatch.setattr(os, 'replace', fails(OSError(28, 'No space left on device')))
+    with pytest.raises(OSError):
+        prepare_data.write_beside(tmp_path / 'x', b'new')
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b'old']
+
+
+def fails(error):
+    def call(*args, **kw):
+        raise error
+    return call
+
+
+def test_one_process_a_folder(tmp_path, monkeypatch, capsys):
+    """A second preparation of the same folder is refused while the first runs, and leaves its files alone."""
+    fcntl = pytest.importorskip('fcntl')
+    write_files(tmp_path / 'in', {'a.txt': 'some words ' * 50})
+    command = [sys.executable, 'prepare_data.py', str(tmp_path / 'in'), '--out', str(tmp_path / 'out')]
+    (tmp_path / 'out' / 'unfinished').mkdir(parents=True)
+    with prepare_data.lock(tmp_path / 'out' / 'unfinished'):
+        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+        assert done.returncode == 2 and 'another process' in done.stderr and 'Traceback' not in done.stderr
+    assert subprocess.run(command, cwd=HERE, capture_output=True).returncode == 0
+    assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == ['meta.json', 'train.bin', 'val.bin']
+    monkeypatch.setattr(fcntl, 'flock', fails(OSError(38, 'Function not implemented')))
+    with prepare_data.lock(tmp_path):
+        assert 'no locks' in capsys.readouterr().err
 
 
 def test_bytes_tokenizer():
     enc, text = prepare_data.load_tokenizer('bytes'), nasty(random.Random(0), 5000)
     assert enc.encode_ordinary(text) == list(text.encode()) and enc.decode(list(text.encode())) == text
-    assert (enc.n_vocab, enc._special_tokens['<|endoftext|>']) == (257, 256) and isinstance(enc, tiktoken.Encoding)
-    assert enc.encode(f'a{prepare_data.EOT}', allowed_special='all') == [97, 256]
+    assert (enc.n_vocab, enc.eot_token) == (257, 256) and isinstance(enc, tiktoken.Encoding)
 
 
-def test_gpt2_ranks_are_gpt2(tmp_path):
-    """gpt2.tiktoken and a tokenizer.json made of it, against `tokenizers` and against published token numbers."""
-    tokenizers = pytest.importorskip('tokenizers')
+def test_gpt2_ranks_are_gpt2(tmp_path, monkeypatch):
+    """A rank file, by tiktoken, and a tokenizer.json made of it, by `tokenizers`: two programs, the same tokens."""
+    pytest.importorskip('tokenizers')
     enc = prepare_data.load_tokenizer(shared('gpt2.tiktoken'))
-    assert enc.encode_ordinary('Hello, world! <|endoftext|>') == [15496, 11, 995, 0, 1279, 91, 437, 1659, 5239, 91, 29]
-    assert enc.encode('<|endoftext|>', allowed_special='all') == [50256] and enc.n_vocab == 50257
-    path = write_tokenizer_json(tmp_path / 'tokenizer.json', enc._mergeable_ranks)
-    hf, ours = tokenizers.Tokenizer.from_file(str(path)), prepare_data.load_tokenizer(path)
-    for e in (enc, ours):
-        assert_same_tokens(e, hf, random.Random(1), 30_000)
-    assert pickle.loads(pickle.dumps(ours)).encode_ordinary(' x  y') == hf.encode(' x  y').ids
+    published = [15496, 11, 995, 0, 1279, 91, 437, 1659, 5239, 91, 29]
+    assert enc.encode_ordinary('Hello, world! <|endoftext|>') == published and enc.n_vocab == 50257
+    other = prepare_data.load_tokenizer(write_tokenizer_json(tmp_path / 'tokenizer.json', enc._mergeable_ranks))
+    assert other.n_vocab == enc.n_vocab and other.eot_token == enc.eot_token == 50256
+    blanks = ['x' + ' ' * 1_000_000 + 'y', '\n' * 1_000_000 + ' \u3000y', '\t ' * 500_000, '\x1c' * 200_000 + ' a']
+    for text in [nasty(random.Random(i), 2000) for i in range(20)] + blanks:
+        ids = enc.encode_ordinary(text)
+        assert ids == other.encode_ordinary(text)
+        assert enc.decode(ids) == other.decode(ids) == text
+    monkeypatch.setattr(prepare_data, 'LONG_BLANKS', re.compile(r'[^\S\x1c-\x1f]{3,}'))  # every run taken out
+    text = nasty(random.Random(1), 150_000)
+    assert enc.encode_ordinary(text) == other.encode_ordinary(text)
 
 
-def test_neox_tokenizer_is_exact():
+def test_blanks_that_overflow_another_pattern_are_refused(tmp_path, monkeypatch):
+    ranks = {bytes([b]): b for b in range(256)}
+    monkeypatch.setattr(tiktoken, 'get_encoding', lambda name: tiktoken.Encoding(
+        name, pat_str=r'\s+(?!\S)|\s+|\S+', mergeable_ranks=ranks, special_tokens={EOT: 256}))
+    write_files(tmp_path, {'x.txt': 'x' + ' ' * 1_000_000 + 'y'})
+    refuses(lambda: prepare_data.prepare([tmp_path / 'x.txt'], tmp_path / 'out', 'cl100k_base'), 'x.txt has 100,000 blanks')
+    prepare_data.prepare([tmp_path / 'x.txt'], tmp_path / 'out', 'gpt2')  # whose pattern is known
+    assert split_texts(tmp_path / 'out', 'val')[0].endswith(' y')
+
+
+def test_neox_tokenizer():
+    """Pythia's own file: published numbers, text of special tokens, NFC, and the bytes of every token."""
     tokenizers = pytest.importorskip('tokenizers')
     path = shared('neox20b_tokenizer.json')
     enc, hf = prepare_data.load_tokenizer(path), tokenizers.Tokenizer.from_file(str(path))
-    assert_same_tokens(enc, hf, random.Random(2), 60_000)
-    for text in ('', ' ', '<|endoftext|>', ' ' * 100, '\n' * 50, 'a' * 3000, '\u0301', '\t \t  \t'):
-        assert enc.encode(text, allowed_special='all') == hf.encode(text).ids or hf.encode_special_tokens
-    assert enc.n_vocab == hf.get_vocab_size() and enc.encode_to_numpy('a   b').tolist() == enc.encode('a   b')
-    with pytest.raises(ValueError, match='special token'):
-        enc.encode('<|endoftext|>')
+    assert enc.encode_ordinary('Hello, I am') == [12092, 13, 309, 717] and enc.eot_token == 0 and enc.n_vocab == 50277
+    assert 0 not in enc.encode_ordinary('a<|endoftext|>b')
+    for i in range(20):
+        text = nasty(random.Random(i), 2000)
+        assert enc.decode(enc.encode_ordinary(text)) == hf.normalizer.normalize_str(text)
+    tokens = [hf.encode(w).ids for w in ('naïve', ' 日本', '      x', '<|padding|>')]
+    for ids in tokens:
+        assert b''.join(map(enc.decode_single_token_bytes, ids)).decode() == hf.decode(ids, skip_special_tokens=False)
 
 
-@pytest.mark.parametrize('normalizer', [None, {'type': 'NFC'}])
-def test_added_tokens_are_exact(tmp_path, normalizer):
-    """Special and not, before and after the normalisation, overlapping, one inside another."""
-    tokenizers = pytest.importorskip('tokenizers')
-    added = [('<|padding|>', True, False), ('<|  |>', True, True), ('  ', False, True), ('   ', False, True), ('각', False, True),
-             ('ab\t', False, False), ('\tcd', False, False), ('aa', False, False), ('<|', False, True), ('\n ', False, False), ('\u0301x', False, True), ('日', True, True)]
-    added = [a for a in added if a[0] != '\u0301x' or not normalizer]
-    path = write_tokenizer_json(tmp_path / 'tokenizer.json', small_ranks(), added, normalizer=normalizer)
-    hf, enc = tokenizers.Tokenizer.from_file(str(path)), prepare_data.load_tokenizer(path)
-    assert_same_tokens(enc, hf, random.Random(3), 30_000)
+@pytest.mark.parametrize('changes, words', [
+    (dict(decoder={'type': 'WordPiece', 'prefix': '##', 'cleanup': False}), 'not of bytes'),
+    (dict(model='BPE'), 'cannot be used'), (dict(decoder=None), 'cannot be used'), ('no JSON', 'cannot be used'),
+    ('{"a": ' * 10**5, 'cannot be used'), (b'\xff', 'cannot be used'), (dict(added_tokens=[]), 'has no <|endoftext|>')])
+def test_tokenizer_json_that_cannot_be_used_is_refused(tmp_path, changes, words):
+    pytest.importorskip('tokenizers')
+    if isinstance(changes, dict):
+        write_tokenizer_json(tmp_path / 'x.json', small_ranks(), **changes)
+    else:
+        write_files(tmp_path, {'x.json': changes})
+    refuses(lambda: prepare_data.load_tokenizer(tmp_path / 'x.json'), words)
 
 
-REFUSED = [
-    (dict(normalizer={'type': 'NFKC'}), 'normalizer is NFKC'), (dict(pre_tokenizer={'type': 'Whitespace'}), 'pre-tokenizer is Whitespace'),
-    (dict(pre_tokenizer={'type': 'ByteLevel', 'add_prefix_space': True}), 'adds a space in front'),
-    (dict(pre_tokenizer={'type': 'ByteLevel', 'use_regex': False}), 'pre-tokenizer'), (dict(pre_tokenizer=None), 'pre-tokenizer is None'),
-    (dict(post_processor={'type': 'TemplateProcessing'}), 'post-processor TemplateProcessing'), (dict(truncation={'max_length': 9}), 'sets truncation'),
-    (dict(model=dict(type='WordPiece')), 'WordPiece, not BPE'), (dict(model=dict(dropout=0.1)), 'sets dropout'),
-    (dict(model=dict(byte_fallback=True)), 'sets byte_fallback'), (dict(model=dict(ignore_merges=True)), 'sets ignore_merges'),
-    (dict(model=dict(merges=[])), 'made by no merge'), (dict(model=dict(vocab={})), 'gaps or clash'), (dict(added=dict(lstrip=True)), 'its neighbours'),
-    (dict(added=dict(single_word=True)), 'its neighbours'), (dict(added=dict(content='e\u0301')), 'not in NFC'),
-    (dict(added=dict(content='a b')), 'behind a word'), (dict(added=dict(content='b ')), 'behind a word'),
-    (dict(added=dict(content='\nb')), 'behind a word'), (dict(added=dict(content='')), 'empty'), (dict(added=dict(id=999)), 'gaps or clash'),
-    (dict(added=dict(content='the', id=257)), 'not in the vocabulary'), (dict(added=5), 'not the tokenizer.json of a BPE'),
-    (dict(swap=(0, 3)), 'not in the order'), (dict(swap=(0, 1)), 'not in the order')]
-
-
-@pytest.mark.parametrize('change, words', REFUSED)
-def test_tokenizer_json_that_cannot_be_exact_is_refused(tmp_path, capsys, change, words):
-    path = write_tokenizer_json(tmp_path / 'tokenizer.json', small_ranks(), [('++', False, False)])
-    spec = json.loads(path.read_text())
-    for key, value in change.items():
-        if key == 'added':
-            spec['added_tokens'][1] = {**spec['added_tokens'][1], **value} if isinstance(value, dict) else value
-        elif key == 'swap':
-            m, (a, b) = spec['model']['merges'], value
-            m[a], m[b] = m[b], m[a]
-        else:
-            spec[key] = {**spec['model'], **value} if key == 'model' else value
-    path.write_text(json.dumps(spec))
-    refuses(capsys, lambda: prepare_data.load_tokenizer(path), words)
-
-
-def test_bpe_that_tiktoken_would_run_otherwise_is_refused(tmp_path, capsys):
-    """'abc' is made of 'a' and 'bc', yet 'ab' comes first: `tokenizers` never reaches it, tiktoken would join 'ab' and 'c'."""
-    tokenizers = pytest.importorskip('tokenizers')
-    ranks = {**{bytes([b]): b for b in range(256)}, b'ab': 256, b'bc': 257, b'abc': 258}
-    path = write_tokenizer_json(tmp_path / 'tokenizer.json', ranks)
-    path.write_text(path.read_text().replace('["ab", "c"]', '["a", "bc"]'))
-    assert tokenizers.Tokenizer.from_file(str(path)).encode('abc').ids == [256, 99] and prepare_data.HuggingFaceEncoding('x', ranks, [], False).encode('abc') == [258]
-    refuses(capsys, lambda: prepare_data.load_tokenizer(path), 'can form from another pair')
-
-
-@pytest.mark.parametrize('data, words', [(b'YQ== 0 1\n', 'not a .tiktoken file'), (b'\n', 'not a .tiktoken file'), (b'*** 0\n', 'not a .tiktoken file'),
-                                         (b'YQ== 0\n', 'not a whole .tiktoken file')])
-def test_broken_rank_file_is_refused(tmp_path, capsys, data, words):
+@pytest.mark.parametrize('data, words', [
+    (b'YQ== 0 1\n', 'not a .tiktoken file'), (b'\n', 'not a .tiktoken file'), (b'*** 0\n', 'not a .tiktoken file'),
+    (b'YQ== 0\n', 'not a whole .tiktoken file')])
+def test_broken_rank_file_is_refused(tmp_path, data, words):
     (tmp_path / 'x.tiktoken').write_bytes(data)
-    refuses(capsys, lambda: prepare_data.load_tokenizer(tmp_path / 'x.tiktoken'), words)
-
-
-def write_ranks(path, ranks):
-    path.write_bytes(b''.join(base64.b64encode(t) + b' %d\n' % i for t, i in ranks.items()))
-    return path
+    refuses(lambda: prepare_data.load_tokenizer(tmp_path / 'x.tiktoken'), words)
 
 
 @pytest.mark.parametrize('vocab, dtype', [(2**16, 'uint16'), (2**16 + 1, 'uint32')])
 def test_dtype_holds_the_vocabulary(tmp_path, vocab, dtype):
     ranks = {bytes([b]): b for b in range(256)}
-    for i in range(vocab - 257):
-        ranks[bytes([33 + i // 94 % 94, 33 + i % 94, 33 + i // 94**2])[:2 if i < 94**2 else 3]] = 256 + i  # pairs, then pairs and a byte
+    for i in range(vocab - 257):  # pairs, then pairs and a byte
+        ranks[bytes([33 + i // 94 % 94, 33 + i % 94, 33 + i // 94**2])[:2 if i < 94**2 else 3]] = 256 + i
     path = write_ranks(tmp_path / 'big.tiktoken', ranks)
     text = nasty(random.Random(7), 500) + ''.join(chr(33 + i % 94) for i in range(3000))
-    (tmp_path / 'x.txt').write_bytes(text.encode())
+    write_files(tmp_path, {'x.txt': text})
     meta = prepare_data.prepare([tmp_path / 'x.txt'], tmp_path / 'out', path)
     assert (meta['dtype'], meta['vocab_size'], meta['eot']) == (dtype, vocab, vocab - 1)
     assert split_tokens(tmp_path / 'out', 'train')[-1] == vocab - 1
     assert ''.join(split_texts(tmp_path / 'out', s)[0] for s in ('train', 'val')) == text
 
 
-def test_every_form_of_input_gives_the_same_documents(tmp_path, monkeypatch, capsys):
-    """Text, code, JSON lines and Parquet rows, packed or not; empty ones left out, order kept, half surrogates replaced, foreign files skipped."""
-    texts = [t.replace('\0', '') for t in some_texts(40)] + ['', 'ends with <|endoftext|>', 'no newline\r\n\r\n', 'half \ud800 a pair']
+def packed(data, packing):
+    if packing == '.zst':  # two frames, one behind the other
+        half = len(data) // 2
+        compress = pytest.importorskip('zstandard').compress
+        return compress(data[:half]) + compress(data[half:])
+    return gzip.compress(data) if packing == '.gz' else data
+
+
+@pytest.mark.parametrize('form', ['txt', 'txt.gz', 'txt.zst', 'jsonl', 'jsonl.gz', 'jsonl.zst', 'parquet', 'hf'])
+def test_every_form_of_input_gives_the_same_documents(tmp_path, monkeypatch, capsys, form):
+    """Order kept, empty documents and byte order marks left out, half surrogates replaced, foreign files skipped."""
+    texts = [*some_texts(40), '', 'ends with <|endoftext|>', 'no newline\r\n\r\n', 'half \ud800 a pair']
     whole = [t.replace('\ud800', '\ufffd') for t in texts if t]
-    folders = {}
-    for form in ('txt', 'jsonl', 'parquet'):
-        for packing in ('', '.gz', '.zst'):
-            folder = folders[form + packing] = tmp_path / 'in' / (form + packing)
-            folder.mkdir(parents=True)
-            if form == 'txt':
-                files = {f'{i:03d}.{"txt" if i % 2 else "py"}': t.replace('\ud800', '\ufffd').encode() for i, t in enumerate(texts)}
-            elif form == 'jsonl':
-                half = len(texts) // 2
-                files = {f'{n}.jsonl': write_jsonl(tmp_path / 'x', part).read_bytes() for n, part in (('a', texts[:half]), ('b', texts[half:]))}
-            elif packing:
-                continue
-            else:
-                pa = pytest.importorskip('pyarrow')
-                table = pa.table({'n': list(range(len(whole) + 1)), 'text': [*whole, '']})
-                __import__('pyarrow.parquet').parquet.write_table(table, folder / 'x.parquet', row_group_size=7)
-                files = {}
-            for name, data in files.items():
-                if packing == '.zst':
-                    zstandard = pytest.importorskip('zstandard')
-                    half = len(data) // 2
-                    data = zstandard.compress(data[:half]) + zstandard.compress(data[half:])  # frames behind each other
-                (folder / (name + packing)).write_bytes(gzip.compress(data) if packing == '.gz' else data)
-    del folders['parquet.gz'], folders['parquet.zst']
-    (folders['txt'] / '.hidden').write_text('hidden')
-    (folders['txt'] / '__pycache__').mkdir()
-    (folders['txt'] / '__pycache__' / 'x.txt').write_text('cache')
-    (folders['txt'] / 'picture.png').write_bytes(b'\x89PNG\r\n')
-    (folders['txt'] / 'tokens.bin').write_bytes(b'a\0b\0')
-    found = {}
-    for name, folder in folders.items():
-        prepare_data.prepare([folder], tmp_path / 'out' / name, val_fraction=0.3)
-        train, val = found[name] = [split_texts(tmp_path / 'out' / name, s) for s in ('train', 'val')]
-        assert sorted(train + val) == sorted(whole) and train == [t for t in whole if t in set(train)] and val == [t for t in whole if t in set(val)]
-        assert ('skipped 2 files' in capsys.readouterr().out) == (name == 'txt')
-    assert all(f == found['txt'] for f in found.values()) and 3 < len(found['txt'][1]) < 25
-    # files and globs, in their order
-    prepare_data.prepare([tmp_path / 'in' / 'txt' / '00[0-4]*', tmp_path / 'in' / 'jsonl.gz' / 'b.jsonl.gz'], tmp_path / 'out' / 'glob', val_fraction=0.3)
-    expect = whole[:5] + whole[len(texts) // 2:]
-    assert split_texts(tmp_path / 'out' / 'glob', 'train') == [t for t in expect if t in set(found['txt'][0])]
-    # a data set by name
-    module = types.ModuleType('datasets')
-    module.load_dataset = lambda name, config, split, streaming: [{'text': t} for t in texts] if (name, config, split, streaming) == ('a/b', 'c', 'train', True) else 1 / 0
-    monkeypatch.setitem(sys.modules, 'datasets', module)
-    prepare_data.prepare(['hf:a/b:c'], tmp_path / 'out' / 'hf', val_fraction=0.3, workers=1)
-    assert [split_texts(tmp_path / 'out' / 'hf', s) for s in ('train', 'val')] == found['txt']
+    folder, sources = tmp_path / 'in', [tmp_path / 'in']
+    form, packing = form.split('.')[0], form[form.find('.'):] if '.' in form else ''
+    if form == 'txt':
+        for i, text in enumerate(whole):
+            data = (b'\xef\xbb\xbf' if i % 3 else b'') + text.encode()
+            write_files(folder, {f'{i:03d}.{"txt" if i % 2 else "py"}{packing}': packed(data, packing)})
+        write_files(folder, {'.hidden': 'hidden', 'no.txt': '', 'picture.png': b'\x89PNG\r\n', 'tokens.bin': b'a\0b\0'})
+        write_files(folder / '__pycache__', {'x.txt': 'cache'})
+    elif form == 'jsonl':
+        for name, part in (('a', texts[:22]), ('b', texts[22:])):
+            data = b'\xef\xbb\xbf' + write_jsonl(tmp_path / 'x', part).read_bytes()
+            write_files(folder, {f'{name}.jsonl{packing}': packed(data, packing)})
+    elif form == 'parquet':
+        pa = pytest.importorskip('pyarrow')
+        parquet = pytest.importorskip('pyarrow.parquet')
+        folder.mkdir()
+        table = pa.table({'n': list(range(len(whole) + 1)), 'text': [*whole, '']})
+        parquet.write_table(table, folder / 'x.parquet', row_group_size=7)
+    else:
+        rows = {('a/b', 'c', 'train', True): [{'text': t} for t in texts]}
+        module = types.ModuleType('datasets')
+        module.load_dataset = lambda name, config, split, streaming: rows[name, config, split, streaming]
+        monkeypatch.setitem(sys.modules, 'datasets', module)
+        sources = ['hf:a/b:c']
+    prepare_data.prepare(sources, tmp_path / 'out', val_fraction=0.3)
+    train, val = [split_texts(tmp_path / 'out', s) for s in ('train', 'val')]
+
+    def for_validation(text):
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), 'big') < 0.3 * 2**64
+    assert val == [t for t in whole if for_validation(t)] and 3 < len(val) < 25
+    assert train == [t for t in whole if not for_validation(t)]
+    assert ('skipped 2 files' in capsys.readouterr().out) == (form == 'txt')
 
 
-def test_split_hangs_on_the_document_alone(tmp_path):
+def test_files_and_globs_in_their_order(tmp_path, monkeypatch):
+    texts = some_texts(30)
+    write_files(tmp_path / 'in', {f'{i:02d}.txt': t for i, t in enumerate(texts)})
+    monkeypatch.setenv('HOME', str(tmp_path))
+    prepare_data.prepare(['~/in/[12]*.txt', '~/in/02.txt'], '~/out', val_fraction=0.3)
+    train, val = [split_texts(tmp_path / 'out', s) for s in ('train', 'val')]
+    order = [*texts[10:], texts[2]]
+    assert sorted(train + val) == sorted(order) and train == [t for t in order if t in train]
+
+
+def test_split_depends_on_the_document_alone(tmp_path):
     texts = [f'document {i}' for i in range(3000)]
     write_jsonl(tmp_path / 'a.jsonl', texts)
     write_jsonl(tmp_path / '0.jsonl', [f'another {i}' for i in range(500)])
@@ -1318,49 +1361,42 @@ def test_split_hangs_on_the_document_alone(tmp_path):
     assert one == two & set(texts) and 300 - 4 * 17 < len(one) < 300 + 4 * 17 and two - one
 
 
-@pytest.mark.parametrize('tokenizer', ['bytes', 'small', 'gpt2.tiktoken'])
-def test_pieces_of_a_long_document_change_no_token(tmp_path, monkeypatch, tokenizer):
-    """A document that is cut into many pieces has the tokens of the whole, one end and one side, also where a piece ends with the file."""
-    if tokenizer == 'small':
-        tokenizer = write_tokenizer_json(tmp_path / 'tokenizer.json', small_ranks(), [('  ', False, True), ('aa', False, False)], normalizer={'type': 'NFC'})
-    elif tokenizer != 'bytes':
-        tokenizer = shared(tokenizer)
-    monkeypatch.setattr(prepare_data, 'PIECE', 32)
-    monkeypatch.setattr(prepare_data, 'HASHED', 16)
-    rng, enc = random.Random(4), prepare_data.load_tokenizer(tokenizer)
-    texts = [nasty(rng, 9000), ' a b c\nd e\n\nf\n g.\nh\n' * 50, 'x' * 128, 'x' * 127, '\n' * 300, 'é' * 64, 'word ' * 100]
-    pieces = []
-    monkeypatch.setattr(prepare_data, 'encode_batch', lambda *a, f=prepare_data.encode_batch: (pieces.extend(a[-1]), f(*a))[1])
-    for i, text in enumerate(texts):
-        (tmp_path / f'{i}.txt').write_bytes(text.encode())
-    prepare_data.prepare([tmp_path / f'{i}.txt' for i in range(len(texts))], tmp_path / 'out', tokenizer, val_fraction=0.4, workers=1)
-    assert len(pieces) > 80
-    train, val = (split_tokens(tmp_path / 'out', s) for s in ('train', 'val'))
-    want = [enc.encode_ordinary(t) + [enc._special_tokens['<|endoftext|>']] for t in texts]
-    assert train and val and len(train) + len(val) == sum(map(len, want))
-    for tokens in want:
-        rest = train if train[:len(tokens)] == tokens else val
-        assert rest[:len(tokens)] == tokens
-        del rest[:len(tokens)]
+def test_a_very_long_text_is_several_documents(tmp_path, monkeypatch):
+    """It is cut at the ends of lines; a text without lines at twice the length at most."""
+    monkeypatch.setattr(prepare_data, 'LONGEST', 100)
+    monkeypatch.setattr(prepare_data, 'BATCH', 300)
+    texts = ['\ufeff' + 'é\r\n' * 40, 'x' * 500, ''.join(f'line {i}\n' for i in range(300)), 'short']
+    write_files(tmp_path / 'in', {f'{i}.txt': text for i, text in enumerate(texts)})
+    prepare_data.prepare([tmp_path / 'in'], tmp_path / 'out', val_fraction=0.3)
+    train, val = [split_texts(tmp_path / 'out', split) for split in ('train', 'val')]
+    assert len(train) > 10 and len(val) > 1 and all(len(text) <= 200 for text in train + val)
+    assert sorted(''.join(train + val)) == sorted(''.join(texts)[1:])  # less the byte order mark
+    assert all(text.startswith('line') and text.endswith('\n') for text in train + val if 'line' in text)
 
 
-@pytest.mark.parametrize('piece', [2**20, 100])
-def test_end_of_a_lone_text_is_for_validation(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr(prepare_data, 'PIECE', piece)
-    text = nasty(random.Random(5), 3000)
-    (tmp_path / 'x.txt.gz').write_bytes(gzip.compress(text.encode()))
-    prepare_data.prepare([tmp_path / 'x.txt.gz'], tmp_path / 'out', val_fraction=0.1, workers=1)
-    (train,), (val,) = (split_texts(tmp_path / 'out', s) for s in ('train', 'val'))
-    assert train + val == text and abs(len(val.encode()) - len(text.encode()) / 10) < 5
+@pytest.mark.parametrize('files, expect', [
+    ({'x.txt.gz': gzip.compress(nasty(random.Random(5), 3000).encode())}, None),
+    ({'a.txt': 'one', 'b.txt': 'three', 'c.txt': 'the last'}, (['one', 'three', 'the las'], ['t'])),
+    ({'a.jsonl': '{"text": "a single row"}'}, (['a single ro'], ['w'])), ({'a.txt': 'aé'}, (['a'], ['é']))])
+def test_of_few_documents_the_end_is_for_validation(tmp_path, capsys, files, expect):
+    write_files(tmp_path / 'in', files)
+    meta = prepare_data.prepare([tmp_path / 'in'], tmp_path / 'out', val_fraction=0.1)
+    train, val = (split_texts(tmp_path / 'out', s) for s in ('train', 'val'))
+    assert 'for validation' in capsys.readouterr().out and meta['train']['documents'] == len(train)
+    if expect:
+        assert (train, val) == expect
+    else:
+        text = gzip.decompress(files['x.txt.gz']).decode()
+        assert train[0] + val[0] == text and abs(len(val[0].encode()) - len(text.encode()) / 10) < 5
 
 
 def test_shards_join_to_the_same_tokens(tmp_path, capsys):
     for i in range(7):
         write_jsonl(tmp_path / f'{i}.jsonl', some_texts(20, seed=i))
-    tokenizer = write_tokenizer_json(tmp_path / 't.json', small_ranks())
+    tokenizer = write_ranks(tmp_path / 't.tiktoken', small_ranks())
     sources, kw = [tmp_path / '*.jsonl'], dict(tokenizer=tokenizer, val_fraction=0.2)
-    prepare_data.prepare(sources, tmp_path / 'whole', **kw)
-    prepare_data.prepare(sources, tmp_path / 'small', **kw, shard_tokens=1000)
+    prepare_data.prepare(sources, tmp_path / 'whole', **kw, workers=1)
+    prepare_data.prepare(sources, tmp_path / 'small', **kw, shard_tokens=1000, workers=2)
     for i in (2, 0, 1):
         assert not (tmp_path / 'jobs' / 'meta.json').exists()
         prepare_data.prepare(sources, tmp_path / 'jobs', **kw, shard=f'{i}/3', shard_tokens=1000)
@@ -1368,18 +1404,24 @@ def test_shards_join_to_the_same_tokens(tmp_path, capsys):
     metas = [json.loads((tmp_path / n / 'meta.json').read_text()) for n in ('whole', 'small', 'jobs')]
     assert len(metas[1]['train']['files']) > 5 and all(f['tokens'] == 1000 for f in metas[1]['train']['files'][:-1])
     for split in ('train', 'val'):
-        assert split_tokens(tmp_path / 'whole', split) == split_tokens(tmp_path / 'small', split) == split_tokens(tmp_path / 'jobs', split)
+        want = split_tokens(tmp_path / 'whole', split)
+        assert want == split_tokens(tmp_path / 'small', split) == split_tokens(tmp_path / 'jobs', split)
         assert split_texts(tmp_path / 'jobs', split) == split_texts(tmp_path / 'whole', split)
     assert all({**m, 'train': 0, 'val': 0} == {**metas[0], 'train': 0, 'val': 0} for m in metas)
-    # fewer files another time: those of before go
+    # fewer files another time: those of before go, others stay
+    write_files(tmp_path / 'small', {'training.bin': 'not ours'})
     prepare_data.prepare(sources, tmp_path / 'small', **kw)
-    assert sorted(p.name for p in (tmp_path / 'small').iterdir()) == ['meta.json', 'tokenizer.json', 'train.bin', 'val.bin']
-    refuses(capsys, lambda: prepare_data.prepare(sources, tmp_path / 'jobs', 'bytes', shard='1/3'), 'shard_00000_of_00003, shard_00002_of_00003')
+    names = sorted(p.name for p in (tmp_path / 'small').iterdir())
+    assert names == ['meta.json', 'tokenizer.tiktoken', 'train.bin', 'training.bin', 'val.bin']
+    again = lambda: prepare_data.prepare(sources, tmp_path / 'jobs', 'bytes', shard='1/3')  # noqa: E731
+    refuses(again, 'shard_00000_of_00003, shard_00002_of_00003')
+    (tmp_path / 'jobs' / 'shard_00000_of_00003' / 'meta.json').write_text('{}')
+    refuses(again, 'shard_00000_of_00003')
 
 
 KILLED = '''
 import os, signal, sys, prepare_data as p
-p.PIECE, p.SAVE_EVERY, left = 3000, 0, int(sys.argv[1])
+p.LONGEST, p.BATCH, p.SAVE_EVERY, left = 3000, 3000, 0, int(sys.argv[1])
 def dies(f):
     def call(*a):
         global left
@@ -1388,196 +1430,200 @@ def dies(f):
         left -= 1
         return f(*a)
     return call
-os.replace, p.Shards.write = dies(os.replace), dies(p.Shards.write)
-p.prepare(sys.argv[4:], sys.argv[2], sys.argv[3], val_fraction=0.3, shard_tokens=1000, workers=1)
+os.replace, p.TokenFiles.write = dies(os.replace), dies(p.TokenFiles.write)
+p.prepare(sys.argv[4:], sys.argv[2], sys.argv[3], val_fraction=0.3, shard_tokens=1000)
 '''
 
 
-def test_killed_preparation_continues(tmp_path, monkeypatch):
-    """kill -9 between any two steps of writing: never a meta.json that is not true, and the same command makes the same files without beginning again."""
-    tokenizer = write_tokenizer_json(tmp_path / 't.json', small_ranks())
-    for i in range(4):
+@pytest.mark.parametrize('few', [False, True])
+def test_killed_preparation_continues(tmp_path, monkeypatch, few):
+    """kill -9 between any two steps of writing: a meta.json is always true, and the same command continues."""
+    tokenizer = write_ranks(tmp_path / 't.tiktoken', small_ranks())
+    texts = [nasty(random.Random(6), 9000), nasty(random.Random(7), 30_000)]
+    for i in range(0 if few else 4):
         write_jsonl(tmp_path / f'{i}.jsonl', some_texts(25, seed=i))
-    (tmp_path / '9.txt').write_bytes(nasty(random.Random(6), 9000).encode())
-    sources = [str(tmp_path / '*.jsonl'), str(tmp_path / '9.txt')]
-    monkeypatch.setattr(prepare_data, 'PIECE', 3000)
-    batches = []
-    monkeypatch.setattr(prepare_data, 'encode_batch', lambda *a, f=prepare_data.encode_batch: (batches.append(1), f(*a))[1])
-    kw = dict(tokenizer=str(tokenizer), val_fraction=0.3, shard_tokens=1000, workers=1)
+    write_files(tmp_path, {'8.txt': texts[0], '9.txt': texts[1]})
+    sources = [str(tmp_path / '9.txt')] if few else [str(tmp_path / '*.jsonl'), str(tmp_path / '[89].txt')]
+    monkeypatch.setattr(prepare_data, 'LONGEST', 3000)
+    monkeypatch.setattr(prepare_data, 'BATCH', 3000)
+    batches, encode_all = [], prepare_data.encode_all
+    monkeypatch.setattr(prepare_data, 'encode_all', lambda *a: (batches.append(1) or x for x in encode_all(*a)))
+    kw = dict(tokenizer=str(tokenizer), val_fraction=0.3, shard_tokens=1000)
     prepare_data.prepare(sources, tmp_path / 'whole', **kw)
     want, all_batches = {p.name: p.read_bytes() for p in (tmp_path / 'whole').iterdir()}, len(batches)
-    assert all_batches > 8 and len(want) > 15
+    assert all_batches > 5 and len(want) > 5
     steps = 3 * all_batches  # two writes and one progress file a batch, then the renames
-    (tmp_path / 'other.txt').write_text('of another time')
-    prepare_data.prepare([tmp_path / 'other.txt'], tmp_path / 'other')
-    for left in (0, 10, steps - 1, steps, steps + 3, steps + len(want) - 1):
+    write_files(tmp_path, {'other.text': 'of another time'})
+    prepare_data.prepare([tmp_path / 'other.text'], tmp_path / 'other')
+    for left in (0, 10, steps // 2 + 1, steps - 1, steps, steps + 3, steps + len(want) - 1):
         out = shutil.copytree(tmp_path / 'other', tmp_path / f'killed{left}')
-        done = subprocess.run([sys.executable, '-c', KILLED, str(left), str(out), str(tokenizer), *sources], cwd=HERE, capture_output=True)
+        command = [sys.executable, '-c', KILLED, str(left), str(out), str(tokenizer), *sources]
+        done = subprocess.run(command, cwd=HERE, capture_output=True)
         assert done.returncode == -signal.SIGKILL, done.stderr.decode()
         if left < steps:  # what was there before is whole
             assert split_texts(out, 'train') + split_texts(out, 'val') == ['of another tim', 'e']
         else:
             assert not (out / 'meta.json').exists()
+        if left == steps - 1:  # another preparation, killed too, writes over what was there
+            write_files(tmp_path, {'0.text': nasty(random.Random(8), 9000)})
+            subprocess.run([*command[:3], '2', *command[4:6], str(tmp_path / '0.text')], cwd=HERE, capture_output=True)
         batches.clear()
         prepare_data.prepare(sources, out, **kw)
         assert {p.name: p.read_bytes() for p in out.iterdir()} == want
-        if 10 <= left < steps:
+        if 10 <= left < steps - 1 and not few:
             assert len(batches) <= all_batches - left // 3 + 1
 
 
-def test_kill_takes_the_workers_along(tmp_path):
-    code = ('import os, sys, time, prepare_data as p; p.PIECE = 1000; make = p.Shards.write\n'
-            'def write(*a): print(*p.multiprocessing.active_children(), flush=True); time.sleep(60)\n'
-            'p.Shards.write = write; p.prepare(sys.argv[1:2], sys.argv[2], sys.argv[3], workers=2)')
-    (tmp_path / 'x.txt').write_text('some words\n' * 2000)
-    tokenizer = write_tokenizer_json(tmp_path / 't.json', small_ranks())
-    child = subprocess.Popen([sys.executable, '-c', code, str(tmp_path / 'x.txt'), str(tmp_path / 'out'), str(tokenizer)], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    pids = [int(pid) for pid in re.findall(r'pid=(\d+)', child.stdout.readline().decode())]
-    child.kill()
-    child.wait()
-    assert len(pids) == 2
-    deadline = time.time() + 20
-    while any(Path(f'/proc/{pid}').exists() and Path(f'/proc/{pid}/stat').read_text().split()[2] != 'Z' for pid in pids):
-        assert time.time() < deadline, 'the workers outlive their parent'
-        time.sleep(0.1)
-
-
-def test_workers_change_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(prepare_data, 'PIECE', 3000)
-    tokenizer = write_tokenizer_json(tmp_path / 't.json', small_ranks(), [('  ', False, True)], normalizer={'type': 'NFC'})
-    texts = some_texts(400)
-    write_jsonl(tmp_path / 'x.jsonl', texts)
-    for n in (1, 2):
-        prepare_data.prepare([tmp_path / 'x.jsonl'], tmp_path / f'{n}', tokenizer, workers=n, val_fraction=0.2)
-    assert all((tmp_path / '1' / f).read_bytes() == (tmp_path / '2' / f).read_bytes() for f in ('train.bin', 'val.bin', 'meta.json'))
-    (tmp_path / 'x.jsonl').write_text((tmp_path / 'x.jsonl').read_text() + '{"text": 5}\n')
-    refuses(capsys, lambda: prepare_data.prepare([tmp_path / 'x.jsonl'], tmp_path / '3', tokenizer, workers=2), 'x.jsonl, line 534 is not a JSON object with a string "text"')
-
-
-def refuses(capsys, fn, words, code=2):
-    """One sentence on stderr that holds these words, and the exit status of a usage error."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as e:
-        fn()
-    lines = [line for line in re.split(r'[\r\n]', capsys.readouterr().err) if line.strip() and 'B/s]' not in line]
-    assert e.value.code == code and len(lines) == 1 and words in lines[0], lines
+def archive(form):
+    """The bytes of an archive of text files."""
+    file, text = io.BytesIO(), b'a text file\n' * 300
+    if form == 'zip':
+        with zipfile.ZipFile(file, 'w') as z:
+            z.writestr('a.txt', text)
+    else:
+        with tarfile.open(fileobj=file, mode=form) as tar:
+            info = tarfile.TarInfo('a.txt')
+            info.size = len(text)
+            tar.addfile(info, io.BytesIO(text))
+    return file.getvalue()
 
 
 BAD = [
-    (dict(x=b'good \xff bad'), {}, 'x is not UTF-8 text near byte 5: convert it'), (dict(x='ends é'.encode()[:-1]), {}, 'x is not UTF-8 text near byte 6'),
-    (dict(x=b''), {}, 'no text in'), ({'x.gz': b'not packed'}, {}, 'x.gz cannot be read: Not a gzipped file'),
-    ({'x.gz': gzip.compress(b'text' * 999)[:-9]}, {}, 'x.gz cannot be read'), ({'x.zst': b'not packed'}, {}, 'x.zst cannot be read'),
-    ({'x.jsonl': b'{"text": "a"}\n{"text": "b"\n'}, {}, 'x.jsonl, line 2 is not a JSON object'),
-    ({'x.jsonl': b'{"txt": "a"}\n'}, {}, 'line 1 is not a JSON object with a string "text"'), ({'x.jsonl': b'\xff\n'}, {}, 'line 1 is not a JSON'),
-    ({'x.jsonl': b'["text"]\n'}, {}, 'line 1 is not a JSON'), ({'x.jsonl': b'\n\n'}, {}, 'no text in'), ({'x.jsonl': b'{"text": ""}\n'}, {}, 'no text in'),
-    ({'x.parquet': b'no'}, {}, 'x.parquet cannot be read'),
-    ({'x.jsonl': b'{"text": "a"}\n'}, {}, 'none of 1 documents would be in the val split: give more, or a --val_fraction of 0.'),
-    (dict(x=b'a'), {}, 'none of 1 documents would be in the train split'),
-    (dict(x=b'text'), dict(val_fraction=0), '--val_fraction must lie between 0 and 1'),
-    (dict(x=b'text'), dict(val_fraction=1.0), '--val_fraction must lie'), (dict(x=b'text'), dict(shard='1'), '--shard must be i/n'),
-    (dict(x=b'text'), dict(shard='0/2'), 'at most the number of input files, 1'),
-    (dict(x=b'text'), dict(shard_tokens=-1), '--shard_tokens and --workers must be'), (dict(x=b'text'), dict(workers=0), '--workers must be at least 1'),
-    ({}, {}, 'holds no files'), (dict(x=b'text'), dict(tokenizer='gpt-2'), "unknown tokenizer 'gpt-2': give bytes, one of gpt2"),
-    (dict(x=b'text'), dict(tokenizer='none.json'), 'no tokenizer file none.json')]
+    ('x', b'good \xff bad', {}, 'x is not text in UTF-8'), ('x', 'ends é'.encode()[:-1], {}, 'UTF-8'),
+    ('x', b'', {}, 'no text in'), ('x', b'\xef\xbb\xbf', {}, 'no text in'), ('x', 'text'.encode('utf-16'), {}, 'UTF-8'),
+    ('x.tar', archive('w:'), {}, 'unpack an archive'), ('x.tar.gz', archive('w:gz'), {}, 'unpack an archive'),
+    ('x.tbz', archive('w:bz2'), {}, 'unpack an archive'), ('x.zip', archive('zip'), {}, 'unpack an archive'),
+    ('x.gz', b'not packed', {}, 'x.gz cannot be read'), ('x.gz', gzip.compress(b'text')[:-9], {}, 'cannot be read'),
+    ('x.jsonl', b'{"text": "a"}\n{"text": "b"\n', {}, 'x.jsonl, line 2 is not an object with a string "text"'),
+    ('x.jsonl', b'{"txt": "a"}\n', {}, 'line 1 is not'), ('x.jsonl', b'\xff\n', {}, 'line 1 is not'),
+    ('x.jsonl', b'["text"]\n', {}, 'line 1 is not'), ('x.jsonl', b'{"text": 5}', {}, 'line 1 is not'),
+    ('x.jsonl', b'[' * 100_000, {}, 'line 1 is not'), ('x.jsonl', b'\n\n', {}, 'no text in'),
+    ('x.jsonl', b'{"text": ""}\n', {}, 'no text in'), ('x', b'a', {}, 'too few for training and validation'),
+    *[('x', b'text', dict(val_fraction=v), '--val_fraction must lie') for v in (0, 1.0, -1, float('nan'))],
+    *[('x', b'text', dict(shard=s), '--shard must be i/n') for s in ('1', '0/2', '1/1', '-1/1', '0/0', '9' * 5000)],
+    *[('x', b'text', dict(shard_tokens=s), '--shard_tokens must be') for s in (-1, 0.5, float('inf'), float('nan'))],
+    *[('x', b'text', dict(workers=w), '--workers must be') for w in (0, -1, 10**9)], ('', b'', {}, 'no files found'),
+    ('x', b'text', dict(tokenizer='gpt-2'), "unknown tokenizer 'gpt-2': give bytes, one of gpt2"),
+    ('x', b'text', dict(tokenizer='none.json'), 'no tokenizer file none.json')]
 
 
-@pytest.mark.parametrize('files, kw, words', BAD)
-def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, capsys, files, kw, words):
-    if 'x.zst' in files:
-        pytest.importorskip('zstandard')
-    if 'x.parquet' in files:
-        pytest.importorskip('pyarrow')
-    (tmp_path / 'in').mkdir()
-    for name, data in files.items():
-        (tmp_path / 'in' / name).write_bytes(data)
-    sources = [tmp_path / 'in' / name for name in files] or [tmp_path / 'in']
-    refuses(capsys, lambda: prepare_data.prepare(sources, tmp_path / 'out', **kw), words)
-    assert not (tmp_path / 'out').exists()
+@pytest.mark.parametrize('name, data, kw, words', BAD)
+def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, name, data, kw, words):
+    write_files(tmp_path / 'in', {name: data} if name else {})
+    sources, out = [tmp_path / 'in' / name], tmp_path / 'out'
+    refuses(lambda: prepare_data.prepare(sources, out, **kw), words)
+    assert not out.exists()
     # data that was there stays as it was
-    (tmp_path / 'good.txt').write_text('some good text')
-    prepare_data.prepare([tmp_path / 'good.txt'], tmp_path / 'out')
-    before = {p.name: p.read_bytes() for p in (tmp_path / 'out').iterdir()}
-    refuses(capsys, lambda: prepare_data.prepare(sources, tmp_path / 'out', **kw), words)
-    assert {p.name: p.read_bytes() for p in (tmp_path / 'out').iterdir()} == before
+    write_files(tmp_path, {'good.txt': 'some good text'})
+    prepare_data.prepare([tmp_path / 'good.txt'], out)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    refuses(lambda: prepare_data.prepare(sources, out, **kw), words)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
-def test_what_is_missing_is_named(tmp_path, capsys, monkeypatch):
-    prepare = prepare_data.prepare
-    refuses(capsys, lambda: prepare([tmp_path / 'no*'], tmp_path / 'out'), "no*: give files, folders, globs, 'stdlib', 'shakespeare' or hf:NAME")
-    for name, module in (('x.zst', 'zstandard'), ('x.parquet', 'pyarrow'), ('hf:x', 'datasets')):
+@pytest.mark.parametrize('packing', ['.gz', '.zst'])
+def test_compressed_input_that_was_cut_off_is_refused(tmp_path, packing):
+    """Cut anywhere but at the border of two frames, or with a byte changed."""
+    if packing == '.zst':
+        pytest.importorskip('pyarrow')
+    rows = ''.join(json.dumps({'text': f'text {i * 7919 % 10007}'}) + '\n' for i in range(2000)).encode()
+    data = packed(rows, packing)
+    frames = [data]
+    if packing == '.zst':
+        compressor = pytest.importorskip('zstandard').ZstdCompressor(write_checksum=True)
+        frames = [compressor.compress(rows[:len(rows) // 2]), compressor.compress(rows[len(rows) // 2:])]
+        data = b''.join(frames)
+    damaged = [data[:n] for n in (5, len(data) // 3, len(frames[0]) + 3, len(data) - 1) if n < len(data)]
+    damaged += [data + b'garbage', data[:500] + bytes([data[500] ^ 255]) + data[501:]]
+    for i, part in enumerate(damaged):
+        write_files(tmp_path, {f'{i}.jsonl{packing}': part})
+        refuses(lambda: prepare_data.prepare([tmp_path / f'{i}.jsonl{packing}'], tmp_path / 'out'), f'{i}.jsonl')
+    write_files(tmp_path, {'whole.txt' + packing: frames[0]})
+    prepare_data.prepare([tmp_path / f'whole.txt{packing}'], tmp_path / 'out')
+    texts = [split_texts(tmp_path / 'out', split)[0] for split in ('train', 'val')]
+    assert ''.join(texts).encode() == rows[:len(rows) // len(frames)]
+
+
+def test_folder_with_names_and_files_that_are_no_text(tmp_path):
+    """Archives and a picture whose name is not UTF-8 are skipped and counted, whatever the output's encoding is."""
+    write_files(tmp_path / 'in', {f'{i}.txt': f'text {i} ' * 200 for i in range(40)})
+    write_files(tmp_path / 'in', {'x.tar': archive('w:'), 'x.tar.gz': archive('w:gz'), 'x.zip': archive('zip')})
+    try:
+        with open(os.fsencode(tmp_path / 'in') + b'/caf\xe9.png', 'wb') as f:
+            f.write(b'\x89PNG\0\xff')
+    except OSError:
+        pytest.skip('this file system has names in UTF-8 only')
+    command = [sys.executable, 'prepare_data.py', str(tmp_path / 'in'), '--out', str(tmp_path / 'out')]
+    env = {**os.environ, 'PYTHONIOENCODING': 'ascii:strict'}
+    done = subprocess.run([*command, '--val_fraction', '0.2'], cwd=HERE, capture_output=True, env=env)
+    assert done.returncode == 0 and b'skipped 4 files' in done.stdout, done.stderr.decode()
+    assert len(split_texts(tmp_path / 'out', 'train')) + len(split_texts(tmp_path / 'out', 'val')) == 40
+
+
+def test_what_is_missing_is_named(tmp_path, monkeypatch):
+    prepare, out = prepare_data.prepare, tmp_path / 'out'
+    refuses(lambda: prepare([tmp_path / 'no*'], out), 'give files, folders, globs')
+    for name, module in (('x.zst', 'pyarrow'), ('x.parquet', 'pyarrow'), ('hf:x', 'datasets')):
         monkeypatch.setitem(sys.modules, module, None)
         monkeypatch.setitem(sys.modules, f'{module}.parquet', None)
         (tmp_path / name).write_bytes(b'')
-        refuses(capsys, lambda: prepare([name if module == 'datasets' else tmp_path / name], tmp_path / 'out'), f'pip install {module}')
-    (tmp_path / 'x.txt').write_text('some text')
-
-    def fails(error):
-        def call(*a, **kw):
-            raise error
-        return call
-
+        refuses(lambda: prepare([name if module == 'datasets' else tmp_path / name], out), f'pip install {module}')
+    write_files(tmp_path, {'x.txt': 'some text', 'file': ''})
+    refuses(lambda: prepare([tmp_path / 'x.txt'], tmp_path / 'file'), 'cannot be made a folder')
     with monkeypatch.context() as m:
         m.setattr(prepare_data.urllib.request, 'urlopen', fails(urllib.error.URLError('no network')))
-        refuses(capsys, lambda: prepare(['shakespeare'], tmp_path / 'out'), "could not be downloaded (<urlopen error no network>): offline, 'stdlib' works")
+        refuses(lambda: prepare(['shakespeare'], out), 'could not be downloaded')
         m.setattr(prepare_data.urllib.request, 'urlopen', lambda url, timeout: io.BytesIO(b'To be, or not to be'))
-        prepare(['shakespeare'], tmp_path / 'out')
-        assert split_texts(tmp_path / 'out', 'train') == ['To be, or not to b'] and (tmp_path / 'out' / 'input.txt').is_file()
+        prepare(['shakespeare'], out)
+        assert split_texts(out, 'train') == ['To be, or not to b'] and (out / 'input.txt').is_file()
     with monkeypatch.context() as m:
         m.setattr(tiktoken, 'get_encoding', fails(ConnectionError()))
-        refuses(capsys, lambda: prepare([tmp_path / 'x.txt'], tmp_path / 'out', 'gpt2'), 'could not download gpt2 (ConnectionError): offline, use bytes or a .tiktoken')
+        refuses(lambda: prepare([tmp_path / 'x.txt'], out, 'gpt2'), 'could not download gpt2 (ConnectionError)')
     with monkeypatch.context() as m:
-        m.setattr('builtins.open', lambda path, *a, f=open, **kw: fails(PermissionError(13, 'Permission denied'))() if str(path).endswith('x.txt') else f(path, *a, **kw))
-        refuses(capsys, lambda: prepare([tmp_path / 'x.txt'], tmp_path / 'out'), 'x.txt cannot be read: [Errno 13] Permission denied')
-    with monkeypatch.context() as m:
-        m.setattr(prepare_data.Shards, 'write', fails(OSError(28, 'No space left on device')))
-        refuses(capsys, lambda: prepare([tmp_path / 'x.txt'], tmp_path / 'out2'), 'No space left on device: once that is mended, the same command continues')
-    with monkeypatch.context() as m:
-        m.setattr(prepare_data, 'encode_all', fails(prepare_data.BrokenExecutor()))
-        refuses(capsys, lambda: prepare([tmp_path / 'x.txt'], tmp_path / 'out2'), 'a worker process died')
+        m.setattr(prepare_data.TokenFiles, 'write', fails(OSError(28, 'No space left on device')))
+        with pytest.raises(OSError):
+            prepare([tmp_path / 'x.txt'], tmp_path / 'out2')
+        assert not (tmp_path / 'out2').exists()
 
 
-def test_data_and_its_tokenizer_belong_together(tmp_path, capsys):
-    path = write_tokenizer_json(tmp_path / 't.json', small_ranks())
-    (tmp_path / 'x.txt').write_text('the theory in the inner ether')
-    meta = prepare_data.prepare([tmp_path / 'x.txt'], tmp_path / 'out', path)
-    assert meta == json.loads((tmp_path / 'out' / 'meta.json').read_text()) and meta['source'] == [str(tmp_path / 'x.txt')]
-    assert meta['tokenizer_sha256'] == hashlib.sha256(path.read_bytes()).hexdigest() and (meta['vocab_size'], meta['eot'], meta['dtype']) == (273, 272, 'uint16')
+def test_data_and_its_tokenizer_belong_together(tmp_path):
+    path = write_ranks(tmp_path / 't.tiktoken', small_ranks())
+    write_files(tmp_path, {'x.txt': 'the theory in the inner ether'})
+    out = tmp_path / 'out'
+    meta = prepare_data.prepare([tmp_path / 'x.txt'], out, path)
+    assert meta == json.loads((out / 'meta.json').read_text()) and meta['source'] == [str(tmp_path / 'x.txt')]
+    assert meta['tokenizer_sha256'] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (meta['vocab_size'], meta['eot'], meta['dtype']) == (273, 272, 'uint16')
     path.unlink()
-    assert prepare_data.load_tokenizer(meta, tmp_path / 'out').encode_ordinary(' the') == [258]
-    prepare_data.prepare([tmp_path / 'x.txt'], tmp_path / 'out', tmp_path / 'out' / 'tokenizer.json')  # its own copy
-    write_tokenizer_json(tmp_path / 'out' / 'tokenizer.json', {t: i for t, i in small_ranks().items() if i < 260})
-    refuses(capsys, lambda: prepare_data.load_tokenizer(meta, tmp_path / 'out'), 'is not the one that this data was made with')
-    (tmp_path / 'out' / 'tokenizer.json').unlink()
-    refuses(capsys, lambda: prepare_data.load_tokenizer(meta, tmp_path / 'out'), 'no tokenizer file')
+    assert prepare_data.load_tokenizer(meta, out).encode_ordinary(' the') == [258]
+    prepare_data.prepare([tmp_path / 'x.txt'], out, out / 'tokenizer.tiktoken')  # its own copy
+    write_ranks(out / 'tokenizer.tiktoken', {t: i for t, i in small_ranks().items() if i < 260})
+    refuses(lambda: prepare_data.load_tokenizer(meta, out), 'is not the one')
+    (out / 'tokenizer.tiktoken').unlink()
+    refuses(lambda: prepare_data.load_tokenizer(meta, out), 'no tokenizer file')
     meta = prepare_data.prepare([tmp_path / 'x.txt'], tmp_path / 'bytes')
-    refuses(capsys, lambda: prepare_data.load_tokenizer({**meta, 'tokenizer_sha256': '0'}), 'is not the one that this data was made with')
+    refuses(lambda: prepare_data.load_tokenizer({**meta, 'tokenizer_sha256': '0'}), 'is not the one')
+    for key in ('tokenizer', 'tokenizer_sha256'):
+        refuses(lambda: prepare_data.load_tokenizer({k: v for k, v in meta.items() if k != key}, out), 'meta.json')
 
 
-def test_prepare_command_line(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize('args, out', [
+    ((), 'stdlib'), (('shakespeare',), 'shakespeare'), (('a/my.corpus.jsonl.gz', 'b'), 'my'),
+    (('corpus/*.txt',), 'corpus'), (('hf:org/set:en',), 'set'), (('~/.notes/',), 'notes')])
+def test_prepare_command_line(monkeypatch, args, out):
     called = []
     monkeypatch.setattr(prepare_data, 'prepare', lambda *a: called.append(a))
-    monkeypatch.setattr(signal, 'signal', lambda *a: None)
-    monkeypatch.chdir(tmp_path)
-
-    def run(*args):
-        monkeypatch.setattr(sys, 'argv', ['prepare_data.py', *args])
-        prepare_data.main()
-    for args, out in (((), 'stdlib'), (('shakespeare',), 'shakespeare'), (('a/my.corpus.jsonl.gz', 'b'), 'my'), (('corpus/*.txt',), 'corpus'), (('.',), tmp_path.name.split('.')[0]),
-                      (('hf:org/set:en',), 'set'), (('~/.notes/',), 'notes')):
-        run(*args)
-        assert called[-1] == (list(args) or ['stdlib'], f'data/{out}', 'bytes', 0.02, 0, None, None), args
-    run('x', '--out', 'o', '--tokenizer', 't.json', '--val_fraction', '0.1', '--shard_tokens', '1e9', '--shard', '1/2', '--workers', '3')
-    assert called[-1] == (['x'], 'o', 't.json', 0.1, 1e9, '1/2', 3)
-
-    def interrupted(*a):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(prepare_data, 'prepare', interrupted)
-    refuses(capsys, run, 'interrupted: the same command continues', code=130)
+    prepare_data.main([*args])
+    flags = '--out o --tokenizer t --val_fraction 0.1 --shard_tokens 1e9 --shard 1/2 --workers 3'
+    prepare_data.main([*args, *flags.split()])
+    sources = list(args) or ['stdlib']
+    assert called == [(sources, f'data/{out}', 'bytes', 0.02, 0, None, None), (sources, 'o', 't', 0.1, 1e9, '1/2', 3)]
 
 
 def test_standard_library_is_the_default(tmp_path):
     meta = prepare_data.prepare(out=tmp_path / 'out')
-    assert meta['source'] == ['stdlib'] and meta['train']['documents'] > 300 and meta['train']['bytes'] > 5e6 and meta['val']['documents'] > 3
+    assert meta['source'] == ['stdlib'] and meta['train']['documents'] > 300
+    assert meta['train']['bytes'] > 5e6 and meta['val']['documents'] > 3
     assert any('import ' in t for t in split_texts(tmp_path / 'out', 'val'))
 
 

@@ -776,7 +776,8 @@ def sample(logits, u, temperature=1.0, top_k=None, top_p=None):
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0, so no temperature overflows
+    # the largest logit becomes 0, so no temperature overflows; a float32 holds none below 1e-38
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
     if top_k is not None and top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     if top_p is not None and top_p < 1:

@@ -5,10 +5,11 @@ Trains AdaPonderLM: one process on a laptop, torchrun on a cluster.
     torchrun --nproc_per_node=8 train.py config/pythia70m.py
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py config/pythia410m.py
 
-A config file is Python that assigns to fields of TrainConfig; --key=value overrides it, --help lists the fields. Helper
-variables of a config begin with an underscore; what it imports and defines is left alone too.
-The same command again goes on from out_dir/ckpt.pt. The micro-batches of a step depend on (seed, step) alone, so any number
-of processes that divides gradient_accumulation_steps trains the same model, and a resumed run equals an uninterrupted one.
+A config file is Python that assigns to fields of TrainConfig; --key=value overrides it. Helper variables of a config
+begin with an underscore; what it imports and defines is left alone too.
+The same command again goes on from out_dir/ckpt.pt. The micro-batches of a step depend on (seed, step) alone, so any
+number of processes that divides gradient_accumulation_steps trains the same model, and a resumed run equals an
+uninterrupted one.
 With torchrun --max-restarts set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, else a restart may call at processes that died.
 """
 import signal
@@ -16,7 +17,6 @@ import signal
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports ends quietly
 
-import ast
 import difflib
 import hashlib
 import inspect
@@ -39,6 +39,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.utils.benchmark
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
@@ -58,7 +59,7 @@ class TrainConfig:
     out_dir: str = 'out/run'          # checkpoint, log and tokenizer go here
     data_dir: str = 'data/stdlib'     # made by prepare_data.py; the default set is made when it is missing
     verify_data: bool = True          # hash the token files at the start: about a second a GB and process of a node
-    init_from: str = 'scratch'        # or a ckpt.pt, or a Hugging Face folder or name of GPT-NeoX weights, see initial_model()
+    init_from: str = 'scratch'        # or a ckpt.pt, or a Hugging Face folder or name of GPT-NeoX weights
     resume: bool = True               # go on from out_dir/ckpt.pt if it exists; False starts anew
     # model, see AdaPonderConfig
     vocab_size: int = 0               # rows of the embedding tables; 0: the data's, rounded up to a multiple of 64
@@ -80,7 +81,7 @@ class TrainConfig:
     # stages of the gates' training, see HaltingSchedule
     ponder_start: Duration = '40%'    # until here no token halts
     ponder_full: Duration = '70%'     # from here on the full amount shall halt
-    k_max: float = 0.4                # 'saving': share of iterations 2 .. n_iter not to run; 'paper': of gates pushed down
+    k_max: float = 0.4                # 'saving': share of iterations 2 .. not to run; 'paper': of gates to push down
     ponder_lambda: float = 0.1        # weight of the gates' loss
     explore: float = 0.1              # 'saving': share of tokens forced to run all iterations at ponder_full
     freeze_backbone: Duration = 0     # from ponder_start on, train the gates alone for this long
@@ -108,7 +109,7 @@ class TrainConfig:
     device: str = 'auto'              # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: cuda where there is one, else cpu
     dtype: str = 'auto'               # 'float32' or 'bfloat16' (autocast); auto: bfloat16 on a GPU that has it
     compile: bool = True              # torch.compile the blocks; on cuda only
-    execution: str = 'dense'          # 'dense' runs halted tokens and masks them, 'packed' skips them: the same function
+    execution: str = 'dense'          # 'dense' runs halted tokens and masks them, 'packed' skips them: same function
     remat: bool = False               # recompute each iteration in backward: the memory of one, for one more forward
     shard_optimizer: bool = False     # ZeroRedundancyOptimizer: optimizer state split over the processes
 
@@ -121,29 +122,24 @@ RANGES |= dict.fromkeys(('block_size', 'n_layer', 'n_head', 'n_embd', 'n_iter', 
                          'gradient_accumulation_steps', 'log_interval'), (1, 2 ** 20))
 RANGES |= dict(vocab_size=(0, 2 ** 24), gate_width=(0, 1024), gate_bias=(-100, 100))
 
-# What other projects, nanoGPT first, call our fields
+# What nanoGPT and others call our fields
 OTHER_NAMES = dict(
-    lr='learning_rate', min_lr='final_lr', warmup_iters='warmup', warmup_steps='warmup', max_iters='max_steps',
-    lr_decay_iters='max_steps', epochs='max_steps', eval_iters='eval_tokens', dataset='data_dir', wandb_run_name='out_dir',
-    n_heads='n_head', num_heads='n_head', n_layers='n_layer', num_layers='n_layer', d_model='n_embd', hidden_size='n_embd',
-    context_length='block_size', ctx_len='block_size', max_seq_len='block_size', micro_batch_size='batch_size',
-    save_interval='ckpt_interval', checkpoint='init_from', pondering_steps='n_iter')
+    lr='learning_rate', min_lr='final_lr', warmup_iters='warmup', max_iters='max_steps', lr_decay_iters='max_steps',
+    epochs='max_steps', eval_iters='eval_tokens', dataset='data_dir', wandb_run_name='out_dir', n_heads='n_head', n_layers='n_layer',
+    d_model='n_embd', hidden_size='n_embd', ctx_len='block_size')
+
+PARSERS = {int: int, float: float, str: str, Duration: str, bool: {'True': True, 'False': False}.__getitem__}
 
 
-def checked(key, value, where):
-    """The value of a field of TrainConfig, or UsageError: unknown fields, wrong types and numbers out of range are refused."""
-    kinds = {f.name: f.type for f in fields(TrainConfig)}
-    if key not in kinds:
-        near = OTHER_NAMES.get(key) or ''.join(difflib.get_close_matches(key, kinds, 1))
-        hint = f'did you mean {near!r}?' if near else 'python train.py --help lists the fields'
-        raise UsageError(f'{where}: unknown key {key!r}, {hint}')
-    kind = kinds[key]
+def checked(key, value, kind):
+    """The value of a field of TrainConfig, or UsageError for a wrong type and a number out of range."""
     is_number = type(value) in (int, float)
-    if kind is float and not is_number or kind is not float and type(value) not in getattr(kind, '__args__', (kind,)):
-        raise UsageError(f'{where}: {key} must be {getattr(kind, "__name__", kind)}, not {value!r}')
+    right = is_number if kind is float else type(value) in getattr(kind, '__args__', (kind,))
+    if not right:
+        raise UsageError(f'{key} must be {getattr(kind, "__name__", kind)}, not {value!r}')
     low, high = RANGES.get(key, (0, 2 ** 31 - 1))
     if is_number and not low <= value <= high:  # NaN is refused as well
-        raise UsageError(f'{where}: {key} must be {low} to {high}, not {value}')
+        raise UsageError(f'{key} must be from {low} to {high}, not {value}')
     return float(value) if kind is float else value
 
 
@@ -158,23 +154,7 @@ def read_config_file(path):
         exec(compile(path.read_text(encoding='utf-8-sig'), str(path), 'exec'), names)
     except Exception as e:
         raise UsageError(f'{path} is not a config file of assignments: {type(e).__name__}: {e}')
-    helpers = [k for k, v in names.items() if k.startswith('_') or callable(v) or inspect.ismodule(v)]
-    return {k: v for k, v in names.items() if k not in helpers}
-
-
-def read_argument(arg):
-    """--key=value as (key, value), the value with the type that it looks like, or str where the field is a text."""
-    key, equals, text = arg[2:].partition('=')
-    if not equals:
-        raise UsageError(f'{arg} has no value: write {arg}=VALUE')
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        value = text
-    kind = TrainConfig.__annotations__.get(key)
-    if kind is str or (kind is Duration and type(value) is not int):
-        value = text
-    return key, value
+    return {k: v for k, v in names.items() if not (k.startswith('_') or callable(v) or inspect.ismodule(v))}
 
 
 def load_config(argv):
@@ -182,18 +162,25 @@ def load_config(argv):
 
     The result's attribute `given` is the set of fields that were set.
     """
-    values = {}
+    kinds, values = {f.name: f.type for f in fields(TrainConfig)}, {}
     for arg in argv:
         if arg in ('-h', '--help'):
-            body = inspect.getsource(TrainConfig).split('\n', 2)[2]
-            print(__doc__.strip() + '\n\n    field: type = default             # meaning\n\n' + body)
+            print(__doc__.strip() + '\n\n' + inspect.getsource(TrainConfig).partition('\n')[2])
             raise SystemExit(0)
-        if arg.startswith('--'):
-            key, value = read_argument(arg)
-            values[key] = checked(key, value, 'command line')
-        else:
-            for key, value in read_config_file(arg).items():
-                values[key] = checked(key, value, arg)
+        key, equals, text = arg.removeprefix('--').partition('=')
+        if arg.startswith('--') and not equals:
+            raise UsageError(f'{arg} has no value: write {arg}=VALUE')
+        new = {key: text} if arg.startswith('--') else read_config_file(arg)
+        for key, value in new.items():
+            if key not in kinds:
+                near = OTHER_NAMES.get(key) or ''.join(difflib.get_close_matches(key, kinds, 1))
+                hint = f'did you mean {near!r}?' if near else 'python train.py --help lists the fields'
+                raise UsageError(f'unknown key {key!r} in {arg}, {hint}')
+            try:
+                value = PARSERS[kinds[key]](value) if arg.startswith('--') else value
+            except (ValueError, KeyError):
+                pass  # checked() refuses it
+            values[key] = checked(key, value, kinds[key])
     cfg = TrainConfig(**values)
     cfg.given = frozenset(values)
     return cfg
@@ -202,73 +189,66 @@ def load_config(argv):
 def in_steps(name, duration, tokens_per_step, max_steps=None):
     """A Duration in steps. max_steps: what '40%' is a part of."""
     m = re.fullmatch(r'(\d+\.?\d*(?:e\d+)?)\s*([KMBT]?)\s*(steps|tokens|%|)', str(duration).strip())
-    examples = "'1000 steps' or '1.2B tokens'" if max_steps is None else "'1000 steps', '1.2B tokens' or '40%' of max_steps"
-    error = UsageError(f'{name} must be a number of steps, or like {examples}, not {duration!r}')
-    if not m:
-        raise error
-    number, unit = float(m[1]) * {'': 1, 'K': 1e3, 'M': 1e6, 'B': 1e9, 'T': 1e12}[m[2]], m[3]
+    number, unit = (float(m[1]) * 1000 ** ' KMBT'.index(m[2] or ' '), m[3]) if m else (-1, None)
     if unit == 'tokens':
-        number = number / tokens_per_step
-    elif unit == '%' and max_steps is not None:
-        number = number / 100 * max_steps
-    elif unit == '%' or number % 1:
-        raise error
-    if number >= 2 ** 31:
-        raise error
-    return round(number)
+        number = round(number / tokens_per_step)
+    elif unit == '%':
+        number = -1 if max_steps is None else round(number / 100 * max_steps)
+    if not 0 <= number < 2 ** 31 or number % 1:
+        examples = "'1000 steps', '1.2B tokens'" + (" or '40%' of max_steps" if max_steps is not None else '')
+        raise UsageError(f'{name} must be a number of steps, or like {examples}, not {duration!r}')
+    return int(number)
 
 
 # -----------------------------------------------------------------------------
 # Devices
 
-# Dense peak in bfloat16, FLOP/s, and memory in GB of GPUs, by the name torch gives them less maker and memory (NVIDIA's data sheets)
+# Dense bfloat16 peak (FLOP/s) and memory (GB) by data sheet; the name is torch's without the maker and the memory
 GPUS = {
-    'H100': (989e12, 80), 'H100 NVL': (835e12, 94), 'H100 PCIe': (756e12, 80), 'GH200': (989e12, 96), 'H200': (989e12, 141),
-    'H200 NVL': (835e12, 141), 'H800': (989e12, 80), 'H20': (148e12, 96), 'B200': (2250e12, 180), 'GB200': (2500e12, 186),
-    'A100': (312e12, 80), 'A800': (312e12, 80), 'A40': (150e12, 48), 'A30': (165e12, 24), 'A10': (125e12, 24),
-    'L40S': (362e12, 48), 'L40': (181e12, 48), 'L4': (121e12, 24), 'RTX A6000': (155e12, 48), 'RTX 6000 Ada': (364e12, 48),
-    'RTX 4090': (165e12, 24), 'RTX 3090': (71e12, 24)}
+    'H100': (989e12, 80), 'H100 NVL': (835e12, 94), 'H100 PCIe': (756e12, 80), 'GH200': (989e12, 96),
+    'H200': (989e12, 141), 'H200 NVL': (835e12, 141), 'H800': (989e12, 80), 'H20': (148e12, 96), 'B200': (2250e12, 180),
+    'GB200': (2500e12, 186), 'A100': (312e12, 80), 'A800': (312e12, 80), 'A40': (150e12, 48), 'A30': (165e12, 24),
+    'A10': (125e12, 24), 'L40S': (362e12, 48), 'L40': (181e12, 48), 'L4': (121e12, 24), 'RTX A6000': (155e12, 48),
+    'RTX 6000 Ada': (364e12, 48), 'RTX 4090': (165e12, 24), 'RTX 3090': (71e12, 24)}
 
 
 def gpu_peak(name, dtype):
     """Dense peak FLOP/s of the GPU that torch calls `name`, or None for one that GPUS does not hold.
 
-    float32 runs as TF32, half as fast on all of these. 'NVIDIA H100 80GB HBM3' is the SXM module, called H100 here.
+    float32 runs as TF32, half as fast on all of these. 'NVIDIA H100 80GB HBM3' is the SXM module, here H100.
     """
-    name = re.sub(r'^A100 PCIe$', 'A100', re.sub(r'NVIDIA |GeForce | Generation|[ -](SXM\d|PCIE|\d+GB|HBM\w+)', '', name))
-    peak = GPUS.get(name, (None,))[0]
+    short = re.sub(r'NVIDIA |GeForce | Generation|[ -](SXM\d|PCIE|\d+GB|HBM\w+)', '', name)
+    peak = GPUS.get(short.replace('A100 PCIe', 'A100'), (None,))[0]
     return peak / 2 if peak and dtype is torch.float32 else peak
 
 
 def get_device(name='auto'):
     """The torch.device that `name` means, for all scripts: what is named is used, or UsageError says why not.
 
-    name: 'auto' (cuda where there is one, else cpu), 'cpu', 'cuda', 'cuda:1', 'mps'. Under torchrun the local rank picks
-    the GPU. On a GPU float32 matrix products may run as TF32.
+    name: 'auto' (cuda where there is one, else cpu), 'cpu', 'cuda', 'cuda:1', 'mps'. Under torchrun the local rank
+    picks the GPU. On a GPU float32 matrix products may run as TF32.
     """
-    with warnings.catch_warnings(record=True) as trouble:  # torch only warns when it is there but the driver is too old
+    with warnings.catch_warnings(record=True) as trouble:  # torch only warns where the driver is too old
         warnings.simplefilter('always')
         has_cuda = torch.cuda.is_available()
-    why = f' ({str(trouble[0].message).split(". ")[0]})' if trouble else ''
-    if name == 'auto' and trouble and not has_cuda:
-        raise UsageError(f'this torch cannot use the GPU{why}: update the driver, or give --device=cpu')
+    why = ' (' + str(trouble[0].message).split('. ')[0] + ')' if trouble else ''
     if name == 'auto':
-        name = 'cuda' if has_cuda else 'cpu'
+        name = 'cuda' if has_cuda or trouble else 'cpu'
     if not re.fullmatch(r'cpu|mps|cuda(:\d{1,3})?', name):
         raise UsageError(f"device must be 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps', not {name!r}")
+    if 'LOCAL_RANK' in os.environ and name not in ('cpu', 'cuda'):
+        raise UsageError(f'device is {name}, but under torchrun each process has its own: give --device=cuda')
     if name == 'mps' and not torch.backends.mps.is_available():
         raise UsageError('device is mps, but this torch has none: give --device=cpu')
-    device = torch.device(name)
-    if device.type == 'cuda':
-        if not has_cuda:
-            raise UsageError(f'device is {name}, but this torch sees no GPU{why}: give --device=cpu')
-        if device.index is not None and 'LOCAL_RANK' in os.environ:
-            raise UsageError(f'device is {name}, but under torchrun each process has its own: give --device=cuda')
-        device = torch.device('cuda', device.index or int(os.environ.get('LOCAL_RANK', 0)))
-        if device.index >= torch.cuda.device_count():
-            raise UsageError(f'there is no {device}: this torch sees {torch.cuda.device_count()} GPUs')
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision('high')
+    if not name.startswith('cuda'):
+        return torch.device(name)
+    if not has_cuda:
+        raise UsageError(f'device is {name}, but this torch can use no GPU{why}: give --device=cpu')
+    device = torch.device('cuda', torch.device(name).index or int(os.environ.get('LOCAL_RANK', 0)))
+    if device.index >= torch.cuda.device_count():
+        raise UsageError(f'there is no {device}: this torch sees {torch.cuda.device_count()} GPUs')
+    torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision('high')
     return device
 
 
@@ -287,27 +267,13 @@ def get_autocast(device, dtype='auto'):
     return nullcontext, torch.float32
 
 
-def bfloat16_slowdown(n=1024):
+def bfloat16_slowdown():
     """How many times longer this CPU takes for a matrix product in bfloat16: without AVX-512 it is emulated."""
-    seconds = []
+    seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(n, n, dtype=dtype)  # not random: that would move the generator
-        a @ a  # the first one warms up
-        started = time.perf_counter()
-        a @ a
-        seconds.append(time.perf_counter() - started)
-    return seconds[1] / seconds[0]
-
-
-def peak_memory(device):
-    """Bytes: of the GPU, or of the whole process; None on Windows."""
-    if device.type == 'cuda':
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+        a = torch.ones(1024, 1024, dtype=dtype)
+        seconds[dtype] = torch.utils.benchmark.Timer('a @ a', globals=dict(a=a)).timeit(3).mean
+    return seconds[torch.bfloat16] / seconds[torch.float32]
 
 
 # -----------------------------------------------------------------------------
@@ -330,8 +296,8 @@ def load_meta(folder):
 class Windows:
     """A split of a data folder as windows of block_size + 1 tokens, each overlapping the next by one token.
 
-    So no token is predicted twice. Training order: epoch e is a permutation of all windows, cut at an offset, both drawn
-    from (seed, e).
+    So no token is predicted twice. Training order: epoch e is a permutation of all windows, cut at an offset, both
+    drawn from (seed, e).
     """
 
     def __init__(self, folder, meta, split, block_size, vocab_size, seed=0):
@@ -341,13 +307,15 @@ class Windows:
         for file in meta[split]['files']:
             path = Path(folder) / file['name']
             if not path.is_file() or path.stat().st_size != file['tokens'] * dtype.itemsize:
-                raise UsageError(f'{path} is missing or not the {file["tokens"]} tokens of meta.json: prepare the data again')
+                raise UsageError(f'{path} is not there, or has not the {file["tokens"]} tokens that meta.json says: '
+                                 'prepare the data again')
             self.parts.append(np.memmap(path, dtype=dtype, mode='r') if file['tokens'] else np.zeros(0, dtype))
             starts.append(starts[-1] + file['tokens'])
         self.starts = np.array(starts)  # of the files, in tokens
         self.n = (starts[-1] - block_size) // block_size  # one window fewer than fits, so that any offset leaves room
         if self.n < 1:
-            raise UsageError(f'the {split} split of {folder} has {starts[-1]} tokens, too few for block_size {block_size}')
+            raise UsageError(f'the {split} split of {folder} has {starts[-1]} tokens, too few for block_size {block_size}: '
+                             'give more data, or a smaller --block_size')
         self.epoch = None
 
     def tokens(self, start, length):
@@ -404,7 +372,7 @@ def initial_model(cfg, meta):
     """A new model, or one that starts from trained weights: cfg.init_from, a ckpt.pt or what from_pretrained() takes.
 
     Trained weights bring their settings; those that a config file or the command line gave win over them, but for the
-    shape. Raises UsageError for weights that do not fit, and for those of another tokenizer than the data's.
+    shape. Raises UsageError for weights that do not fit.
     """
     settings = {f.name: getattr(cfg, f.name) for f in fields(AdaPonderConfig) if hasattr(cfg, f.name)}
     if cfg.init_from == 'scratch':
@@ -414,35 +382,39 @@ def initial_model(cfg, meta):
         except (RuntimeError, MemoryError) as e:
             raise UsageError(f'a model of this size cannot be made: {model_py.first_line(e)}')
 
-    path = os.path.expanduser(cfg.init_from)
     shape = {k: settings.pop(k) for k in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd')}
     given = {k: v for k, v in settings.items() if k in cfg.given}
-    if path.endswith('.pt'):
-        state = load_checkpoint(path)
-        try:
-            model = AdaPonderLM(AdaPonderConfig(**{**state['config'], **given}))
-        except TypeError as e:
-            raise UsageError(f'{path} is of another version of this project: {e}')
-        weights = {n: w for n, w in state['model'].items() if n in model.state_dict()}  # not the gates beyond n_iter
-        if [n for n, w in weights.items() if w.shape != model.state_dict()[n].shape]:
-            raise UsageError(f'gate_width is {cfg.gate_width}, but {path} has gates of another: leave gate_width out')
-        model.load_state_dict(weights, strict=False)
-        theirs = state.get('meta', {})
-    else:
+    path = os.path.expanduser(cfg.init_from)
+    if not path.endswith('.pt'):
         model = AdaPonderLM.from_pretrained(path, **given)
-        files = {f.name: f for f in model.tokenizer_files}
-        theirs = dict(tokenizer=str(next(iter(files.values()), None)))
-        if 'meta.json' in files:
-            theirs = json.loads(files['meta.json'].read_text(encoding='utf-8'))
-        elif files:
-            theirs['tokenizer_sha256'] = file_sha256(theirs['tokenizer'])
-    for k in shape.keys() & cfg.given - {'block_size'}:
-        if shape[k] != getattr(model.cfg, k) and shape[k]:
-            raise UsageError(f'{k} is {shape[k]}, but {getattr(model.cfg, k)} in {path}: leave {k} out')
-    if theirs.get('tokenizer_sha256', meta['tokenizer_sha256']) != meta['tokenizer_sha256']:
-        raise UsageError(f'{path} has another tokenizer than the data in {cfg.data_dir}: prepare the data with its own, python '
-                         f'prepare_data.py PATH ... --tokenizer {theirs["tokenizer"]} --out DIR, and give --data_dir=DIR')
+        check_tokenizer(path, {}, model.tokenizer_files, cfg, meta)
+    else:
+        state = load_checkpoint(path)
+        trained = AdaPonderLM.from_state(state, path)
+        check_tokenizer(path, state.get('meta', {}), Path(path).parent.glob('tokenizer.*'), cfg, meta)
+        model = AdaPonderLM(replace(trained.cfg, **given))
+        if trained.gates and model.gates and trained.cfg.gate_hidden != model.cfg.gate_hidden:
+            raise UsageError(f'gate_width is {cfg.gate_width}, but {trained.cfg.gate_width} in {path}: leave it out')
+        model.load_state_dict(state['model'], strict=False)  # gates that it lacks start open, those beyond n_iter go
+    for k in ('vocab_size', 'n_layer', 'n_head', 'n_embd'):
+        if k in cfg.given and shape[k] not in (0, getattr(model.cfg, k)):
+            raise UsageError(f'{k} is {shape[k]}, but {getattr(model.cfg, k)} in {path}: leave it out')
     return model
+
+
+def check_tokenizer(path, theirs, files, cfg, meta):
+    """Refuse weights of one tokenizer with data of another, where we know both: all losses would mean nothing.
+
+    theirs: the meta.json dict that the weights at `path` came with, or {}; files: the tokenizer files beside them.
+    """
+    files = {f.name: f for f in files}
+    if not theirs and 'meta.json' in files:
+        theirs = json.loads(files.pop('meta.json').read_text(encoding='utf-8'))
+    name = theirs.get('tokenizer', 'tokenizer.json')
+    sha256 = theirs.get('tokenizer_sha256') or (file_sha256(files[name]) if name in files else meta['tokenizer_sha256'])
+    if sha256 != meta['tokenizer_sha256']:
+        raise UsageError(f'{path} has another tokenizer than the data in {cfg.data_dir}: prepare data with its own, "python '
+                         f'prepare_data.py PATH ... --tokenizer {files.get(name, name)} --out DIR", and give --data_dir=DIR')
 
 
 @torch.no_grad()
@@ -454,7 +426,7 @@ def evaluate(model, val, cfg, device, autocast, halting=True, rank=0, world=1):
     """
     K = model.cfg.n_iter
     n = max(1, min(val.n, cfg.eval_tokens // cfg.block_size))
-    sums = torch.zeros(2, K, dtype=torch.float64)  # tokens and their NLL, by depth; on the CPU, since MPS has no float64
+    sums = torch.zeros(2, K, dtype=torch.float64)  # tokens and their NLL, by depth; on the CPU: MPS has no float64
     mine = range(rank, n, world)
     execution = 'dense' if cfg.compile and device.type == 'cuda' else 'packed'  # compiled blocks want one shape
     for i in range(0, len(mine), cfg.batch_size):
@@ -478,7 +450,10 @@ def evaluate(model, val, cfg, device, autocast, halting=True, rank=0, world=1):
 
 
 def save_checkpoint(path, state):
-    """Write beside, sync, rename: at any moment `path` is whole. A full disk costs this checkpoint, not the last one."""
+    """Write beside, sync, rename: `path` is whole at any moment, and a full disk costs this checkpoint, not the last one.
+
+    Returns whether it was written.
+    """
     tmp = Path(f'{path}.tmp')
     try:
         with open(tmp, 'wb') as f:
@@ -494,29 +469,30 @@ def save_checkpoint(path, state):
 
 
 def check_resume(path, state, cfg, meta, start):
-    """Refuse to go on where the result would be neither the old run nor the new one. Returns a line for each other change."""
+    """Refuse to go on where the result would be neither the old run nor the new one.
+
+    start: ponder_start in steps. Returns a line for each change that may be made.
+    """
     if lacks := {'train_config', 'meta', 'optimizer', 'step', 'ponder_start'} - state.keys():
-        raise UsageError(f'{path} lacks {", ".join(sorted(lacks))}, so it cannot go on: give --init_from={path} and another --out_dir')
+        raise UsageError(f'{path} lacks {", ".join(sorted(lacks))}: give another --out_dir, or --resume=False')
     before, now = state['train_config'], asdict(cfg)
     changed = [k for k in now if before.get(k) != now[k] and k not in ('resume', 'device', 'out_dir')]
-    model_fields = [f.name for f in fields(AdaPonderConfig)]
-    fatal = [k for k in changed if k in (*model_fields, 'seed', 'batch_size', 'gradient_accumulation_steps')]
+    lasting = {f.name for f in fields(AdaPonderConfig)} | {'seed', 'batch_size', 'gradient_accumulation_steps'}
+    fatal = [k for k in changed if k in lasting]
     if (start <= state['step']) != (state['ponder_start'] <= state['step']):
-        fatal.append(f'ponder_start, in steps ({state["ponder_start"]}, now {start}: the gates would act at another time)')
+        fatal.append(f'ponder_start ({state["ponder_start"]} steps, now {start}: gates would act at another time)')
+    if {**state['meta'], 'source': 0} != {**meta, 'source': 0}:
+        fatal.append(f'the data in {cfg.data_dir}')
     if fatal:
         raise UsageError(f'{path} was trained with other values of {", ".join(fatal)}: '
                          'give them back, or another --out_dir, or --resume=False')
-    if {**state['meta'], 'source': 0} != {**meta, 'source': 0}:
-        raise UsageError(f'{path} was trained on other data than {cfg.data_dir} now holds: '
-                         'give another --out_dir, or --resume=False')
     return [f'changed since the checkpoint: {k} = {before.get(k)!r} -> {now[k]!r}' for k in changed]
 
 
 def trim_log(path, step):
     """Leave in log.jsonl what was written before the checkpoint of this step; a last line may be torn."""
-    lines = path.read_text(encoding='utf-8').splitlines() if step and path.is_file() else []
     valid = []
-    for line in lines:
+    for line in path.read_text(encoding='utf-8').splitlines() if step and path.is_file() else []:
         try:
             record = json.loads(line)
         except ValueError:
@@ -527,7 +503,7 @@ def trim_log(path, step):
 
 
 def check_same(world, **things):
-    """Refuse ranks that run other code or data, or do not see the checkpoint: they would train another model without a word."""
+    """Refuse processes that run other code or data, or do not see the checkpoint: each would train another model."""
     ranks = [None] * world
     dist.all_gather_object(ranks, things)
     for name in things:
@@ -543,7 +519,8 @@ def closing_sample(model, cfg, val, meta, data_dir):
     enc = load_tokenizer(meta, data_dir)
     prompt = val.tokens(0, min(32, cfg.block_size)).tolist()
     idx = torch.tensor([prompt], device=model.embed.weight.device)
-    new = model.generate(idx, cfg.sample_tokens, temperature=0.8, top_k=50, generator=torch.Generator().manual_seed(cfg.seed))
+    generator = torch.Generator().manual_seed(cfg.seed)
+    new = model.generate(idx, cfg.sample_tokens, temperature=0.8, top_k=50, generator=generator)
     new = [t for t in new[0, len(prompt):].tolist() if t < meta['vocab_size']]  # the rows beyond are padding
     if enc.eot_token in new:
         new = new[:new.index(enc.eot_token)]
@@ -554,23 +531,13 @@ def closing_sample(model, cfg, val, meta, data_dir):
 # -----------------------------------------------------------------------------
 # Training
 
-def check_settings(cfg, world, device):
-    """What load_config() cannot see in one field alone."""
-    if cfg.execution not in ('dense', 'packed'):
-        raise UsageError(f"execution must be 'dense' or 'packed', not {cfg.execution!r}")
-    if cfg.gradient_accumulation_steps % world:
-        raise UsageError(f'gradient_accumulation_steps ({cfg.gradient_accumulation_steps}) must be a multiple of the number '
-                         f'of processes ({world})')
-    if world > 1 and device.type == 'mps':
-        raise UsageError('several processes cannot share mps: start one, without torchrun')
-
-
 def prepare_folders(cfg, master):
-    """Make out_dir and, where it is missing, the default data. Returns both folders, and the lock of out_dir, to be held."""
+    """Make out_dir and, where it is missing, the default data. Returns both folders, and out_dir's lock, to be held."""
     data_dir, out_dir = (Path(os.path.expanduser(p)) for p in (cfg.data_dir, cfg.out_dir))
+    has_data = (data_dir / 'meta.json').is_file()
     if os.path.realpath(data_dir) == os.path.realpath(out_dir):
         raise UsageError(f'out_dir and data_dir are both {out_dir}: give the run a folder of its own')
-    if not (data_dir / 'meta.json').is_file() and (cfg.init_from != 'scratch' or cfg.data_dir != TrainConfig.data_dir):
+    if not has_data and (cfg.init_from != 'scratch' or cfg.data_dir != TrainConfig.data_dir):
         raise UsageError(f'no data in {data_dir}: make it with "python prepare_data.py PATH ... --tokenizer TOKENIZER '
                          f'--out {data_dir}", or give --data_dir=DIR')
     if not master:
@@ -581,7 +548,7 @@ def prepare_folders(cfg, master):
         raise UsageError(f'out_dir {out_dir} cannot be made ({e.strerror}): give another --out_dir')
     check_writable(out_dir / 'ckpt.pt')
     held = lock(out_dir)
-    if not (data_dir / 'meta.json').is_file():
+    if not has_data:
         prepare(['stdlib'], data_dir)
     return data_dir, out_dir, held
 
@@ -621,7 +588,8 @@ def clip_gradients(model, max_norm):
 def gate_statistics(out, tau):
     """Of each gate, for the tokens that reached it in one micro-batch: mean value, and share under tau."""
     values = [s.detach().float() for index, s, on, h in out.records if on is not None]  # None: no gate ran
-    return dict(gate_mean=[float(s.mean()) for s in values], gate_under_tau=[float((s < tau).float().mean()) for s in values])
+    return dict(gate_mean=[float(s.mean()) for s in values],
+                gate_under_tau=[float((s < tau).float().mean()) for s in values])
 
 
 def start_wandb(cfg, run_id):
@@ -630,20 +598,25 @@ def start_wandb(cfg, run_id):
         import wandb
     except ImportError:
         raise UsageError('wandb_log needs wandb: pip install wandb')
-    run = wandb.init(project=cfg.wandb_project, name=Path(cfg.out_dir).name, config=asdict(cfg), dir=os.path.expanduser(cfg.out_dir),
-                     id=run_id, resume='allow' if run_id else None)
+    out_dir = Path(os.path.expanduser(cfg.out_dir))
+    run = wandb.init(project=cfg.wandb_project, name=out_dir.name, dir=str(out_dir), config=asdict(cfg), id=run_id,
+                     resume='allow' if run_id else None)
     return wandb.log, run.id
 
 
 def train(cfg):
-    """The whole training. Returns the exit code: 0, 1 if a checkpoint is missing, 128 + the signal that stopped it."""
+    """The whole training. Returns the exit code: 0, 1 if it gave up or could not save, 128 + a signal that stopped it."""
     # processes, as torchrun describes them, and the device
     world, rank, local_rank = (int(os.environ.get(*v)) for v in (('WORLD_SIZE', 1), ('RANK', 0), ('LOCAL_RANK', 0)))
     master = rank == 0
     print0 = tqdm.write if master else lambda text: None
     device = get_device(cfg.device)
     autocast, dtype = get_autocast(device, cfg.dtype)
-    check_settings(cfg, world, device)
+    if cfg.execution not in ('dense', 'packed'):
+        raise UsageError(f"execution must be 'dense' or 'packed', not {cfg.execution!r}")
+    if cfg.gradient_accumulation_steps % world:
+        raise UsageError(f'gradient_accumulation_steps ({cfg.gradient_accumulation_steps}) must be a multiple of the '
+                         f'number of processes ({world})')
 
     # durations, in steps
     tokens_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size
@@ -676,13 +649,14 @@ def train(cfg):
     train_data = Windows(data_dir, meta, 'train', cfg.block_size, model.cfg.vocab_size, cfg.seed)
     val_data = Windows(data_dir, meta, 'val', cfg.block_size, model.cfg.vocab_size)
     model.to(device).remat = cfg.remat
-    schedule = HaltingSchedule(model.cfg, max_steps, ponder_start, ponder_full, cfg.k_max, cfg.ponder_lambda, cfg.explore,
-                               freeze, cfg.seed)
+    schedule = HaltingSchedule(model.cfg, max_steps, ponder_start, ponder_full, cfg.k_max, cfg.ponder_lambda,
+                               cfg.explore, freeze, cfg.seed)
     if model.gates and ponder_full < schedule.acting < max_steps:
-        raise UsageError(f'ponder_full (step {ponder_full}) lies before step {schedule.acting}, where the gates begin to act '
-                         '(ponder_start, and freeze_backbone after it)')
-    print0(f'{sum(p.numel() for p in model.parameters()):,} parameters, {tokens_per_step:,} tokens a step, {max_steps:,} steps, '
-           f'{train_data.n * cfg.block_size:,} train tokens, {device}, {world} process{"es" if world > 1 else ""}')
+        raise UsageError(f'ponder_full (step {ponder_full}) lies before step {schedule.acting}, where gates begin to act: '
+                         'ponder_start, and freeze_backbone after it')
+    print0(f'{sum(p.numel() for p in model.parameters()):,} parameters, {tokens_per_step:,} tokens a step, '
+           f'{max_steps:,} steps, {train_data.n * cfg.block_size:,} train tokens, {device}, '
+           f'{world} process{"es" if world > 1 else ""}')
     if dtype is torch.bfloat16 and device.type == 'cpu' and (slowdown := bfloat16_slowdown()) > 2:
         print0(f'this CPU multiplies matrices {slowdown:.0f} times more slowly in bfloat16: give --dtype=float32')
 
@@ -708,7 +682,7 @@ def train(cfg):
             block.compile()
 
     def learning(step):
-        """What learns at this step. Gates that neither act nor learn yet stay out of the optimizer and of DDP's buckets."""
+        """What learns at this step. Gates that neither act nor learn yet stay out of the optimizer and of DDP."""
         if not model.gates:
             return 'all'
         if step < ponder_start:
@@ -727,8 +701,8 @@ def train(cfg):
         if not isinstance(optimizer, torch.optim.AdamW):
             optimizer.consolidate_state_dict(to=0)
         return not master or save_checkpoint(ckpt_path, dict(
-            adaponder=1, config=asdict(model.cfg), model=model.state_dict(), meta=meta, optimizer=optimizer.state_dict(),
-            step=step, train_config=asdict(cfg), ponder_start=ponder_start, wandb_id=wandb_id))
+            adaponder=1, config=asdict(model.cfg), model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
+            meta=meta, train_config=asdict(cfg), ponder_start=ponder_start, wandb_id=wandb_id))
 
     def log(record):
         if not master:
@@ -758,7 +732,7 @@ def train(cfg):
     maybe_idle = [p for part in (model.gates, model.ln_ponder) for p in part.parameters()]
     peak = gpu_peak(torch.cuda.get_device_name(device), dtype) if device.type == 'cuda' else None
     net, learns, stopped_by, bad_steps, saved = model, None, 0, 0, True
-    seconds, waited, logged_step, first_step = 0.0, 0.0, step, step
+    seconds, logged_step, first_step = 0.0, step, step
     bar = tqdm(total=max_steps, initial=step, disable=None if master else True, dynamic_ncols=True, smoothing=0.05)
 
     while True:
@@ -766,9 +740,9 @@ def train(cfg):
         acting = bool(model.gates) and step >= schedule.acting
         if (eval_interval and step % eval_interval == 0 and step > 0) or step >= max_steps:
             result = evaluate(model, val_data, cfg, device, autocast, acting, rank, world)
-            print0(f'step {step}: val loss {result["loss"]:.4f}, ppl {result["ppl"]:.3f}, mean depth {result["depth"]:.2f} of '
-                   f'{model.cfg.n_iter}, ran iteration 1..: {" ".join(f"{a:.0%}" for a in result["active"])}, '
-                   f'inference FLOPs saved {result["flops_saved"]:.1%}')
+            active = ' '.join(f'{a:.0%}' for a in result['active'])
+            print0(f'step {step}: val loss {result["loss"]:.4f}, ppl {result["ppl"]:.3f}, mean depth {result["depth"]:.2f} '
+                   f'of {model.cfg.n_iter}, ran iteration 1..: {active}, inference FLOPs saved {result["flops_saved"]:.1%}')
             log(dict(step=step, tokens=step * tokens_per_step, **{f'val_{k}': v for k, v in result.items()}))
         if step >= max_steps:
             break
@@ -781,7 +755,8 @@ def train(cfg):
                 p.grad = None
             net = model  # let go of the old DDP first: its hooks leave with it
             if world > 1:
-                net = DDP(model, device_ids=[local_rank] if device.type == 'cuda' else None, gradient_as_bucket_view=True)
+                gpus = [device] if device.type == 'cuda' else None
+                net = DDP(model, device_ids=gpus, gradient_as_bucket_view=True)
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / max_steps)))
         lr = cfg.learning_rate * min(1.0, (step + 1) / max(1, warmup)) * (cfg.final_lr + (1 - cfg.final_lr) * cosine)
         for group in optimizer.param_groups:
@@ -793,9 +768,7 @@ def train(cfg):
         for j in range(n_micro):
             if stopped_by := largest(max(stop_signals, default=0)):
                 break
-            t = time.time()
             x = next(micro_batches).to(device, non_blocking=True)
-            waited += time.time() - t
             micro = j * world + rank  # the same micro-batch has the same number however many processes there are
             with net.no_sync() if world > 1 and j + 1 < n_micro else nullcontext():
                 with autocast():
@@ -803,7 +776,8 @@ def train(cfg):
                 loss = out.loss + 0 * sum(p.sum() for p in maybe_idle)
                 (loss / n_micro).backward()
             halted = schedule.halted(step, out.depth, micro)
-            sums += torch.stack([out.ce_loss.detach(), out.ponder_loss.detach(), out.depth.float().mean(), halted]) / n_micro
+            numbers = out.ce_loss.detach(), out.ponder_loss.detach(), out.depth.float().mean(), halted
+            sums += torch.stack(numbers) / n_micro
         if stopped_by:
             saved = checkpoint()
             break
@@ -828,19 +802,20 @@ def train(cfg):
         # log
         if step % cfg.log_interval == 0 or step == max_steps:
             speed = (step - logged_step) * tokens_per_step / seconds
+            # FLOPs a token: backward takes twice those of forward, or once for gates alone
+            cfg_run = replace(model.cfg, halting=bool(model.gates) and learns != 'backbone')
             depth_run = depth if cfg.execution == 'packed' else model.cfg.n_iter
-            forward = replace(model.cfg, halting=bool(model.gates) and learns != 'backbone')
-            flops = forward.inference_flops(depth_run, (cfg.block_size + 1) / 2) * (2 if learns == 'gates' else 3)  # a token
+            flops = cfg_run.inference_flops(depth_run, (cfg.block_size + 1) / 2) * (2 if learns == 'gates' else 3)
             mfu = speed * flops / (peak * world) if peak else None
             line = f'loss {loss:.3f} depth {depth:.2f} {speed / 1e3:.1f}k tok/s' + (f' MFU {mfu:.0%}' if mfu else '')
             bar.set_postfix_str(line)
             if bar.disable:  # not on a terminal: plain lines, the first one with the time to go
                 to_go = tqdm.format_interval((max_steps - step) * seconds / (step - logged_step))
                 print0(f'step {step}: {line}' + (f', about {to_go} to go' if logged_step == first_step else ''))
-            log(dict(step=step, tokens=step * tokens_per_step, loss=loss, gate_loss=gate_loss, depth=depth, halted=halted,
-                     lr=lr, k=schedule.k(step - 1), tau=model.cfg.tau, grad_norm=norm, tokens_per_second=speed, mfu=mfu,
-                     waited=waited / seconds, memory=peak_memory(device), **gate_statistics(out, model.cfg.tau)))
-            seconds, waited, logged_step = 0.0, 0.0, step
+            log(dict(step=step, tokens=step * tokens_per_step, loss=loss, gate_loss=gate_loss, depth=depth,
+                     halted=halted, lr=lr, k=schedule.k(step - 1), tau=model.cfg.tau, grad_norm=norm,
+                     tokens_per_second=speed, mfu=mfu, **gate_statistics(out, model.cfg.tau)))
+            seconds, logged_step = 0.0, step
         if bad_steps == 10:
             print0('ten steps in a row without a finite gradient: stopped; try a smaller learning_rate'
                    + (f'; {ckpt_path} holds the last good state' if ckpt_path.is_file() else ''))
@@ -869,6 +844,12 @@ def train(cfg):
     return 128 + stopped_by if stopped_by else 0  # what waits for a finished run (&&, afterok) must not start
 
 
+def end_processes():
+    """Leave the process group: its threads, if they outlive the interpreter, may abort and spoil the exit code."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def main(argv=None):
     cfg = load_config(sys.argv[1:] if argv is None else argv)
     try:
@@ -876,18 +857,12 @@ def main(argv=None):
     except torch.cuda.OutOfMemoryError:
         raise UsageError('the GPU has too little memory: lower batch_size and raise gradient_accumulation_steps, '
                          'or give --remat=True, and --shard_optimizer=True with several')
-    except UsageError:
+    except UsageError:  # all of these are raised before the first step, so no other process waits for this one's
         end_processes()
         raise
     end_processes()
     if code:
         raise SystemExit(code)
-
-
-def end_processes():
-    """Leave the process group: its threads, if they outlive the interpreter, may abort and spoil the exit code."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == '__main__':

@@ -18,6 +18,7 @@ if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports ends quietly
 
 import difflib
+import gc
 import hashlib
 import inspect
 import json
@@ -125,10 +126,12 @@ RANGES |= dict(vocab_size=(0, 2 ** 24), gate_width=(0, 1024), gate_bias=(-100, 1
 # What nanoGPT and others call our fields
 OTHER_NAMES = dict(
     lr='learning_rate', min_lr='final_lr', warmup_iters='warmup', max_iters='max_steps', lr_decay_iters='max_steps',
-    epochs='max_steps', eval_iters='eval_tokens', dataset='data_dir', wandb_run_name='out_dir', n_heads='n_head', n_layers='n_layer',
-    d_model='n_embd', hidden_size='n_embd', ctx_len='block_size')
+    epochs='max_steps', eval_iters='eval_tokens', dataset='data_dir', wandb_run_name='out_dir', n_heads='n_head',
+    n_layers='n_layer', d_model='n_embd', hidden_size='n_embd', ctx_len='block_size')
 
-PARSERS = {int: int, float: float, str: str, Duration: str, bool: {'True': True, 'False': False}.__getitem__}
+# How the text of --key=value becomes a value of a type
+PARSERS = {int: int, float: float, str: str, bool: {'True': True, 'False': False}.__getitem__,
+           Duration: lambda text: int(text) if text.isdigit() else text}
 
 
 def checked(key, value, kind):
@@ -165,7 +168,7 @@ def load_config(argv):
     kinds, values = {f.name: f.type for f in fields(TrainConfig)}, {}
     for arg in argv:
         if arg in ('-h', '--help'):
-            print(__doc__.strip() + '\n\n' + inspect.getsource(TrainConfig).partition('\n')[2])
+            print(__doc__.strip() + '\n\n' + inspect.getsource(TrainConfig).split('\n', 2)[2])
             raise SystemExit(0)
         key, equals, text = arg.removeprefix('--').partition('=')
         if arg.startswith('--') and not equals:
@@ -314,8 +317,8 @@ class Windows:
         self.starts = np.array(starts)  # of the files, in tokens
         self.n = (starts[-1] - block_size) // block_size  # one window fewer than fits, so that any offset leaves room
         if self.n < 1:
-            raise UsageError(f'the {split} split of {folder} has {starts[-1]} tokens, too few for block_size {block_size}: '
-                             'give more data, or a smaller --block_size')
+            raise UsageError(f'the {split} split of {folder} has {starts[-1]} tokens, too few for block_size '
+                             f'{block_size}: give more data, or a smaller --block_size')
         self.epoch = None
 
     def tokens(self, start, length):
@@ -413,8 +416,9 @@ def check_tokenizer(path, theirs, files, cfg, meta):
     name = theirs.get('tokenizer', 'tokenizer.json')
     sha256 = theirs.get('tokenizer_sha256') or (file_sha256(files[name]) if name in files else meta['tokenizer_sha256'])
     if sha256 != meta['tokenizer_sha256']:
-        raise UsageError(f'{path} has another tokenizer than the data in {cfg.data_dir}: prepare data with its own, "python '
-                         f'prepare_data.py PATH ... --tokenizer {files.get(name, name)} --out DIR", and give --data_dir=DIR')
+        raise UsageError(f'{path} has another tokenizer than the data in {cfg.data_dir}: prepare data with its own, '
+                         f'"python prepare_data.py PATH ... --tokenizer {files.get(name, name)} --out DIR" '
+                         'and --data_dir=DIR')
 
 
 @torch.no_grad()
@@ -450,7 +454,7 @@ def evaluate(model, val, cfg, device, autocast, halting=True, rank=0, world=1):
 
 
 def save_checkpoint(path, state):
-    """Write beside, sync, rename: `path` is whole at any moment, and a full disk costs this checkpoint, not the last one.
+    """Write beside, sync, rename: `path` is whole at any moment, and a full disk costs this checkpoint, not the last.
 
     Returns whether it was written.
     """
@@ -605,7 +609,7 @@ def start_wandb(cfg, run_id):
 
 
 def train(cfg):
-    """The whole training. Returns the exit code: 0, 1 if it gave up or could not save, 128 + a signal that stopped it."""
+    """The whole training. Returns the exit code: 0, 1 if it gave up or could not save, 128 + a signal that came."""
     # processes, as torchrun describes them, and the device
     world, rank, local_rank = (int(os.environ.get(*v)) for v in (('WORLD_SIZE', 1), ('RANK', 0), ('LOCAL_RANK', 0)))
     master = rank == 0
@@ -652,8 +656,8 @@ def train(cfg):
     schedule = HaltingSchedule(model.cfg, max_steps, ponder_start, ponder_full, cfg.k_max, cfg.ponder_lambda,
                                cfg.explore, freeze, cfg.seed)
     if model.gates and ponder_full < schedule.acting < max_steps:
-        raise UsageError(f'ponder_full (step {ponder_full}) lies before step {schedule.acting}, where gates begin to act: '
-                         'ponder_start, and freeze_backbone after it')
+        raise UsageError(f'ponder_full (step {ponder_full}) lies before step {schedule.acting}, where gates begin to '
+                         'act: ponder_start, and freeze_backbone after it')
     print0(f'{sum(p.numel() for p in model.parameters()):,} parameters, {tokens_per_step:,} tokens a step, '
            f'{max_steps:,} steps, {train_data.n * cfg.block_size:,} train tokens, {device}, '
            f'{world} process{"es" if world > 1 else ""}')
@@ -701,8 +705,8 @@ def train(cfg):
         if not isinstance(optimizer, torch.optim.AdamW):
             optimizer.consolidate_state_dict(to=0)
         return not master or save_checkpoint(ckpt_path, dict(
-            adaponder=1, config=asdict(model.cfg), model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
-            meta=meta, train_config=asdict(cfg), ponder_start=ponder_start, wandb_id=wandb_id))
+            adaponder=1, config=asdict(model.cfg), model=model.state_dict(), optimizer=optimizer.state_dict(),
+            step=step, meta=meta, train_config=asdict(cfg), ponder_start=ponder_start, wandb_id=wandb_id))
 
     def log(record):
         if not master:
@@ -741,8 +745,9 @@ def train(cfg):
         if (eval_interval and step % eval_interval == 0 and step > 0) or step >= max_steps:
             result = evaluate(model, val_data, cfg, device, autocast, acting, rank, world)
             active = ' '.join(f'{a:.0%}' for a in result['active'])
-            print0(f'step {step}: val loss {result["loss"]:.4f}, ppl {result["ppl"]:.3f}, mean depth {result["depth"]:.2f} '
-                   f'of {model.cfg.n_iter}, ran iteration 1..: {active}, inference FLOPs saved {result["flops_saved"]:.1%}')
+            print0(f'step {step}: val loss {result["loss"]:.4f}, ppl {result["ppl"]:.3f}, '
+                   f'mean depth {result["depth"]:.2f} of {model.cfg.n_iter}, ran iteration 1..: {active}, '
+                   f'inference FLOPs saved {result["flops_saved"]:.1%}')
             log(dict(step=step, tokens=step * tokens_per_step, **{f'val_{k}': v for k, v in result.items()}))
         if step >= max_steps:
             break
@@ -847,6 +852,7 @@ def train(cfg):
 def end_processes():
     """Leave the process group: its threads, if they outlive the interpreter, may abort and spoil the exit code."""
     if dist.is_available() and dist.is_initialized():
+        gc.collect()  # DDP lies in reference cycles and holds the group
         dist.destroy_process_group()
 
 

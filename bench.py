@@ -111,7 +111,7 @@ def config_of(path, changes=()):
         raise UsageError(f'{path} starts from {train_config.init_from}: give a config that starts from scratch')
     own = {f.name: getattr(train_config, f.name) for f in fields(AdaPonderConfig) if hasattr(train_config, f.name)}
     if not own['vocab_size']:  # the data's, in multiples of 64 as train.py has it
-        folder = Path(train_config.data_dir).expanduser()
+        folder = Path(os.path.expanduser(train_config.data_dir))
         if not (folder / 'meta.json').is_file():
             raise UsageError(f'{path} takes vocab_size from {folder}, where no data is: prepare it, or set vocab_size')
         own['vocab_size'] = -(-load_meta(folder)['vocab_size'] // 64) * 64
@@ -156,7 +156,7 @@ def autocast(a):
 
 def val_windows(folder, model, state, length):
     """The val split of a prepared folder in windows of length + 1 tokens. Refuses data of another tokenizer."""
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))
     if not (folder / 'meta.json').is_file():
         raise UsageError(f'no data in {folder}: give --data, a folder that prepare_data.py made')
     meta = load_meta(folder)
@@ -461,45 +461,49 @@ def add_comparisons(rows, main):
             r['retained'] = (whole['vanilla'] - r['nll']['mean']) / gain
 
 
-def ppl(a):
-    """Perplexity on the val split under every halting policy at equal FLOPs, with thresholds set on other text."""
+def load_models(a):
+    """The models of ppl by name, the one of --ckpt first: name -> model, name -> path, and what --ckpt says beside them."""
     model, state = load(a.ckpt, a)
-    cfg, config = model.cfg, state.get('train_config', {})
-    folder = a.data or config.get('data_dir')
-    if not folder:
-        raise UsageError('give --data, a folder that prepare_data.py made')
-    x, calib = pick_windows(a, folder, model, state)
-    full = float(cost_table(replace(cfg, halting=False), cfg.block_size)[:, -1].mean())
-    main = 'vanilla' if cfg.n_iter == 1 else 'adaptive' if cfg.halting else 'fixed'
-    models = {main: a.ckpt}
+    main = 'vanilla' if model.cfg.n_iter == 1 else 'adaptive' if model.cfg.halting else 'fixed'
+    models, paths = {main: model}, {main: a.ckpt}
     for other in a.others:
         name, equals, path = other.partition('=')
         if not (name and path) or name in models:
             raise UsageError(f'--others takes NAME=CKPT, with a name of its own for each, not {other!r}')
-        models[name] = os.path.expanduser(path)
+        paths[name] = os.path.expanduser(path)
+        models[name] = load(paths[name], a)[0]
+        if any(getattr(models[name].cfg, f) != getattr(model.cfg, f) for f in ('vocab_size', 'block_size')):
+            raise UsageError(f'{path} has another vocabulary or block_size than {a.ckpt}: they cannot be compared')
+    return models, paths, state
+
+
+def ppl(a):
+    """Perplexity on the val split under every halting policy at equal FLOPs, with thresholds set on other text."""
+    models, paths, state = load_models(a)
+    (main, model), config = next(iter(models.items())), state.get('train_config', {})
+    cfg, folder = model.cfg, a.data or config.get('data_dir')
+    if not folder:
+        raise UsageError('give --data, a folder that prepare_data.py made')
+    x, calib = pick_windows(a, folder, model, state)
+    full = float(cost_table(replace(cfg, halting=False), cfg.block_size)[:, -1].mean())
+    shares = {f'save {share:.3g}': (1 - share) * full for share in a.save}
 
     rows, runs = [], {}
-    shares = {f'save {share:.3g}': (1 - share) * full for share in a.save}
-    with tqdm(total=(1 + len(a.save)) * len(a.policies), desc=main, leave=False) as bar:
-        for name, path in models.items():
-            m = model if name == main else load(path, a)[0]
-            if (m.cfg.vocab_size, m.cfg.block_size) != (cfg.vocab_size, cfg.block_size):
-                raise UsageError(f'{path} has another vocabulary or block_size than {a.ckpt}: they cannot be compared')
-            gates = m.cfg.halting and m.cfg.n_iter > 1
-            if gates and name == main:
-                kinds, targets = [k for k in POLICIES if k in a.policies or k == 'learned'], {'own tau': None, **shares}
-            elif gates:  # another adaptive model, as it was trained
-                kinds, targets = ['learned'], {'own tau': None}
-            else:  # exits that need no gates, at the FLOPs of the main model's gates where it has some
-                kinds = [k for k in a.policies if k not in ('learned', 'random') and (name == main or k in SCORES)]
-                learned = [r for r in rows if (r['model'], r['policy']) == (main, 'learned')]
-                targets = shares | {r['setting']: r['flops'] for r in learned}
-            targets = targets if m.cfg.n_iter > 1 else {}
-            bar.reset(total=len(kinds) * len(targets))
-            bar.set_description(name)
+    for name, m in models.items():
+        if m.cfg.n_iter == 1:
+            kinds, targets = [], {}
+        elif not m.cfg.halting:  # exits that need no gates, at the FLOPs of the main model's gates where it has some
+            kinds = [k for k in a.policies if k not in ('learned', 'random') and (name == main or k in SCORES)]
+            learned = [r for r in rows if (r['model'], r['policy']) == (main, 'learned')]
+            targets = shares | {r['setting']: r['flops'] for r in learned}
+        elif name == main:
+            kinds, targets = [k for k in POLICIES if k in a.policies or k == 'learned'], {'own tau': None, **shares}
+        else:  # another adaptive model, as it was trained
+            kinds, targets = ['learned'], {'own tau': None}
+        with tqdm(total=len(kinds) * len(targets), desc=name, leave=False) as bar:
             measured, own = compare_policies(m, x, calib, a, kinds, targets, full, bar)
-            rows += [dict(model=name, **r) for r in measured]
-            runs[name] = dict(ckpt=path, parameters=count_parameters(m.cfg), n_iter=m.cfg.n_iter, **own)
+        rows += [dict(model=name, **r) for r in measured]
+        runs[name] = dict(ckpt=paths[name], parameters=count_parameters(m.cfg), n_iter=m.cfg.n_iter, **own)
     add_comparisons(rows, main)
     for r in rows:
         del r['windows']
@@ -773,13 +777,11 @@ def time_variants(case, variants, rounds):
     """
     runs, graphs = {name: [] for name in variants}, {}
     for name, fn in variants.items():
-        before = compiled_graphs()
-        for _ in range(8):
-            start = compiled_graphs()
+        start, before = compiled_graphs(), None
+        while before != compiled_graphs():
+            before = compiled_graphs()
             fn()
-            if compiled_graphs() == start:
-                break
-        graphs[name] = compiled_graphs() - before
+        graphs[name] = before - start
     for _ in tqdm(range(rounds), desc=case, leave=False):
         for name, fn in variants.items():
             runs[name].append(fn())
@@ -809,7 +811,8 @@ def speed_cases(a, model, state, length, prompt, new):
     fixed, vanilla = with_config(model, halting=False), with_config(model, halting=False, n_iter=1)
     if a.compile:
         for m in (model, fixed, vanilla):
-            m.backbone = torch.compile(m.backbone)
+            for block in m.blocks:  # as train.py does
+                block.compile()
     policies = {'adaptive': None} if a.data else {}
     policies |= {f'adaptive, {share:.0%} halted': forced_policy(share, model.cfg.n_iter) for share in a.share}
     if 'prefill' in a.cases:
@@ -1240,7 +1243,7 @@ def make_parser():
     arg('--new', type=COUNT, help='tokens to decode in each slot; default: a quarter of block_size, at most 32')
     arg('--rounds', type=COUNT, default=5)
     arg('--threads', type=number(int, 1, 4096), help='CPU threads')
-    arg('--compile', action='store_true', help='torch.compile the backbone')
+    arg('--compile', action='store_true', help='torch.compile the blocks')
 
     arg = command(plan, runs=False)
     arg('--config', required=True, type=PATH, help='a config file of train.py')

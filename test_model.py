@@ -26,8 +26,8 @@ import tarfile
 import time
 import types
 import urllib.error
-import zipfile
 import warnings
+import zipfile
 from dataclasses import asdict, fields
 from itertools import count
 from pathlib import Path

@@ -48,24 +48,25 @@ from train import GPUS, Windows, get_autocast, get_device, in_steps, load_config
 # -----------------------------------------------------------------------------
 # Tables, files, models
 
-def table(header, rows, left=1):
-    """A Markdown table with aligned columns, the first `left` of them to the left: text to print, or for a README."""
-    cells = [['' if c is None else str(c) for c in row] for row in [header, *rows]]
-    width = [max(len(row[j]) for row in cells) for j in range(len(header))]
+def show(form, value):
+    """A value as text, 'mean ± error' where it has one, and nothing for None."""
+    if not isinstance(value, dict):
+        return '' if value is None else form.format(value)
+    error = '' if value['error'] is None else ' ± ' + form.replace('+', '').format(value['error'])
+    return form.format(value['mean']) + error
+
+
+def table(rows, forms, left=1):
+    """A Markdown table of dicts: text to print, or for a README. forms: key -> format; `left` columns go to the left."""
+    cells = [[key.replace('_', ' ') for key in forms]]
+    cells += [[show(form, row.get(key)) for key, form in forms.items()] for row in rows]
+    width = [max(len(row[j]) for row in cells) for j in range(len(forms))]
     cells.insert(1, ['-' * w if j < left else '-' * (w - 1) + ':' for j, w in enumerate(width)])
     lines = []
     for row in cells:
         padded = [c.ljust(w) if j < left else c.rjust(w) for j, (c, w) in enumerate(zip(row, width))]
         lines.append('| ' + ' | '.join(padded) + ' |\n')
     return ''.join(lines)
-
-
-def show(form, value):
-    """A number as text, 'mean ± error' where it has one, and an empty cell for None."""
-    if not isinstance(value, dict):
-        return '' if value is None else form.format(value)
-    error = '' if value['error'] is None else ' ± ' + form.replace('+', '').format(value['error'])
-    return form.format(value['mean']) + error
 
 
 def write(path, data):
@@ -551,21 +552,18 @@ def summary(runs):
 
 def group_tables(name, group):
     """Tables of one setting: the policies at equal FLOPs, and the tokens of each model by depth."""
-    def cells(row, **forms):
-        return [show(form, row.get(field)) for field, form in forms.items()]
-    forms = dict(flops='{:.4g}', saved='{:.1%}', depth='{:.2f}', nll='{:.4f}', ppl='{:.3f}', over_learned='{:+.4f}',
-                 retained='{:.1%}')
     text = f'## {name}\n\nSeeds: {", ".join(map(str, group["seeds"]))}. NLL in nats a token. Saved: of the inference '
     text += 'FLOPs of fixed depth without gates. Over learned: NLL minus that of the learned gates at the same FLOPs.\n\n'
-    header = ['model, policy, setting', 'FLOPs', 'saved', 'depth', 'NLL', 'perplexity', 'over learned', 'gain retained']
-    text += table(header, [[key, *cells(row, **forms)] for key, row in group['rows'].items()])
-    forms = dict(share='{:.1%}', nll='{:.3f}', nll_full='{:.3f}', nll_first='{:.3f}')
+    text += table(group['rows'].values(), dict(
+        model='{}', policy='{}', setting='{}', flops='{:.4g}', saved='{:.1%}', depth='{:.2f}', nll='{:.4f}',
+        ppl='{:.3f}', over_learned='{:+.4f}', retained='{:.1%}'), left=3)
     for model, found in group['models'].items():
         if 'by_depth' in found:
             rank = ', '.join(show('{:.3f}', r) or 'none' for r in found['spearman'])
-            text += f'\nTokens of {model} by depth; rank correlation with what later iterations save: {rank}\n\n'
-            text += table(['depth', 'share', 'NLL', 'NLL if none halts', 'NLL after iteration 1'],
-                          [[r['depth'], *cells(r, **forms)] for r in found['by_depth']])
+            text += f'\nTokens of {model} by depth; rank correlation with what later iterations save: {rank}. NLL as the '
+            text += 'model runs, where no token halts, and after the first iteration:\n\n'
+            forms = dict(depth='{}', share='{:.1%}', nll='{:.3f}', nll_full='{:.3f}', nll_first='{:.3f}')
+            text += table(found['by_depth'], forms)
     return text + '\n'
 
 
@@ -683,12 +681,10 @@ def flops(a):
                          ponder=(d - 1) * f['ponder'], gates=min(d, K - 1) * f['gate'])
             total = cfg.inference_flops(d, context)
             rows.append(dict(depth=d, **parts, total=total, x_vanilla=total / vanilla))
-        tables, gates = 2 * cfg.vocab_size * cfg.n_embd, count_parameters(cfg, 'gates')
-        print(f'{path}: {parameters:,} parameters, {tables:,} of them in the embedding tables and {gates:,} in gates. '
-              f'FLOPs of a token in a causal pass over {T} tokens:\n')
-        print(table(rows[0].keys(), [[f'{value:.4g}' for value in row.values()] for row in rows]))
+        print(f'{path}: {parameters:,} parameters. FLOPs of a token in a causal pass over {T} tokens:\n')
+        print(table(rows, {key: '{:.4g}' for key in rows[0]}))
         counted = None
-        if parameters <= a.count_below:
+        if parameters <= 300_000_000:
             seen, formula, depth = count_flops(load(path, a)[0], min(128, cfg.block_size), share=0.5)
             counted = dict(depth=float(depth.double().mean()), seen=seen, formula=formula)
             print(f'Counted in a packed run of {depth.numel()} tokens, mean depth {counted["depth"]:.2f}: products '
@@ -789,10 +785,11 @@ def time_variants(case, variants, rounds):
     per_token = {name: np.array([r['seconds'] / r['tokens'] for r in mine]) for name, mine in runs.items()}
     flops = {name: mine[0]['flops'] / mine[0]['tokens'] for name, mine in runs.items()}
     for name in variants:
-        ratio = per_token[name] / per_token[first]
+        time_ratio = np.percentile(per_token[name] / per_token[first], (25, 50, 75)).tolist()
+        flop_ratio = flops[name] / flops[first]
         rows.append(dict(case=case, variant=name, depth=runs[name][0]['depth'], graphs=graphs[name],
                          ms_per_token=np.percentile(1e3 * per_token[name], (25, 50, 75)).tolist(),
-                         time_ratio=np.percentile(ratio, (25, 50, 75)).tolist(), flop_ratio=flops[name] / flops[first]))
+                         time_ratio=time_ratio, flop_ratio=flop_ratio, time_per_flops=time_ratio[1] / flop_ratio))
     return rows
 
 
@@ -845,7 +842,6 @@ def speed(a):
     """
     if bool(a.ckpt) == bool(a.config):
         raise UsageError('give --config or --ckpt')
-    torch.set_num_threads(a.threads or torch.get_num_threads())
     model, state = load(a.ckpt or a.config, a)
     cfg, T = model.cfg, model.cfg.block_size
     quarter = max(1, T // 4)
@@ -860,14 +856,9 @@ def speed(a):
         rows += time_variants(case, variants, a.rounds)
     print(f'{a.ckpt or a.config}: K = {cfg.n_iter}, {count_parameters(cfg):,} parameters, {a.dtype} on {a.device}; '
           f'prompts of {prompt} tokens, {new} new ones a slot. Medians and [quartiles] of {a.rounds} rounds.\n')
-    header = ['case', 'variant', 'depth', 'tokens/s', 'ms a token', 'time ratio', 'FLOP ratio', 'time / FLOPs']
-    cells = []
-    for r in rows:
-        (low, ms, high), (ratio_low, ratio, ratio_high) = r['ms_per_token'], r['time_ratio']
-        cells.append([r['case'], r['variant'], f'{r["depth"]:.2f}', f'{1e3 / ms:.1f}',
-                      f'{ms:.3f} [{low:.3f} {high:.3f}]', f'{ratio:.3f} [{ratio_low:.3f} {ratio_high:.3f}]',
-                      f'{r["flop_ratio"]:.3f}', f'{ratio / r["flop_ratio"]:.3f}'])
-    print(table(header, cells, left=2))
+    quartiles = '{0[1]:.3f} [{0[0]:.3f} {0[2]:.3f}]'
+    print(table(rows, dict(case='{}', variant='{}', depth='{:.2f}', ms_per_token=quartiles, time_ratio=quartiles,
+                           flop_ratio='{:.3f}', time_per_flops='{:.3f}'), left=2))
     report(a, config=asdict(cfg), rows=rows)
 
 
@@ -967,8 +958,8 @@ def plan(a):
     rows += [['a GPU', f'{need / 1e9:.2f} GB', f'of {gigabytes}'],
              ['fits', f'batch_size {largest}', f'the largest; each sequence takes {each / 1e9:.3f} GB'],
              ['decoding', f'{cache / 1e9:.2f} GB', f'K and V of one sequence of {cfg.block_size} tokens']]
-    print(f'{a.config}: P = {P:,} parameters, K = {K}, N = {t.batch_size} x {t.block_size} tokens a micro-batch\n')
-    print(table(['', f'{a.gpus} x {a.gpu}', 'how'], rows, left=3))
+    print(f'{a.config}: P = {P:,} parameters, K = {K}, N = {t.batch_size} x {t.block_size} tokens a micro-batch, {a.gpus} x {a.gpu}\n')
+    print(table([dict(zip(('what', 'value', 'how'), row)) for row in rows], dict(what='{}', value='{}', how='{}'), left=3))
     if need > room:
         print('TOO MUCH for the GPU: lower batch_size, or set remat or shard_optimizer')
     if t.gradient_accumulation_steps % a.gpus:
@@ -983,7 +974,7 @@ def plan(a):
 def sampling_of(settings):
     """Settings of a generation as lm-eval's hf model has them: (until, new tokens, temperature, top_k, top_p)."""
     until = settings.get('until') or []
-    until = [until] if isinstance(until, str) else list(until)
+    until = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
     names = ('max_gen_toks', 'max_new_tokens', 'max_tokens', 'max_completion_tokens')
     given = [settings[name] for name in names if settings.get(name) is not None]
     new_tokens = int(given[0]) if given else 256
@@ -1049,38 +1040,23 @@ def harness_model(model, enc, a):
             return [sum(next(values)[0] for _ in ws) for ws in windows]
 
         def generate_until(self, requests, disable_tqdm=False):
-            """Texts up to a stop string, the wished length or their end. Requests of the same settings run together."""
-            done, alike = [None] * len(requests), defaultdict(list)
-            for n, r in enumerate(requests):
-                alike[repr(r.args[1])].append(n)
-            batches = [ns[i:i + a.batch_size] for ns in alike.values() for i in range(0, len(ns), a.batch_size)]
-            for numbers in tqdm(batches, desc='generate', leave=False):
-                contexts = [requests[n].args[0] for n in numbers]
-                for n, text in zip(numbers, self.generate_batch(contexts, numbers, requests[numbers[0]].args[1])):
-                    done[n] = text
+            """Texts up to a stop string, the wished length or their end, one at a time."""
+            done = []
+            for n, request in enumerate(tqdm(requests, desc='generate', leave=False)):
+                context, settings = request.args
+                until, budget, temperature, top_k, top_p = sampling_of(settings)
+                if budget >= T:
+                    raise UsageError(f'a task wants {budget} new tokens, and this model sees {T} at a time')
+                prompt, made, text = (enc.encode_ordinary(context) or [eot])[-(T - budget):], [], ''
+                generator = torch.Generator().manual_seed(a.seed + n)
+                for step in stream(model, [prompt], budget, temperature, top_k, top_p, generator, tau, a.max_iter, stop_token=eot):
+                    self.spend([step.depth], [len(prompt) + len(made)])
+                    made.append(step.token)
+                    text = enc.decode([t for t in made if t != eot and t < enc.n_vocab])
+                    if any(stop in text for stop in until):
+                        break
+                done.append(min((text.split(stop)[0] for stop in until), key=len, default=text))
             return done
-
-        def generate_batch(self, contexts, numbers, settings):
-            until, budget, temperature, top_k, top_p = sampling_of(settings)
-            if budget >= T:
-                raise UsageError(f'a task wants {budget} new tokens, and this model sees {T} at a time')
-            prompts = [(enc.encode_ordinary(c) or [eot])[-(T - budget):] for c in contexts]
-            generators = [torch.Generator().manual_seed(a.seed + n) for n in numbers]  # no text depends on its batch
-            made, texts, busy = [[] for _ in prompts], [''] * len(prompts), set(range(len(prompts)))
-            steps = stream(model, prompts, budget, temperature, top_k, top_p, generators, tau, a.max_iter,
-                           slots=len(prompts), stop_token=eot)
-            for step in steps:
-                n = step.seq
-                if n in busy:
-                    self.spend([step.depth], [len(prompts[n]) + len(made[n])])
-                    made[n].append(step.token)
-                    texts[n] = enc.decode([t for t in made[n] if t != eot and t < enc.n_vocab])
-                    if step.token == eot or len(made[n]) == budget or any(w in texts[n] for w in until if w):
-                        busy.discard(n)
-                if not busy:
-                    break
-            steps.close()
-            return [min((text.split(w)[0] for w in until if w), key=len, default=text) for text in texts]
     return Adaptive()
 
 
@@ -1124,7 +1100,7 @@ def downstream(a):
     print(f'\n{a.ckpt}: K = {model.cfg.n_iter}, tau {model.cfg.tau if a.tau is None else a.tau:g}, '
           f'at most {a.max_iter or model.cfg.n_iter} iterations, {a.num_fewshot or 0} shots\n')
     forms = dict(task='{}', metric='{}', value='{:.4f}', depth='{:.2f}', flops='{:.4g}')  # means over tokens
-    print(table(forms, [[show(form, r[key]) for key, form in forms.items()] for r in rows], left=2))
+    print(table(rows, forms, left=2))
     report(a, config=asdict(model.cfg), rows=rows)
 
 
@@ -1156,9 +1132,8 @@ def read_log(folder):
 def curves(a):
     """The logs of runs side by side: a table of how far they are, and a picture. loss is the cross entropy."""
     logs = {folder: read_log(folder) for folder in a.folders}
-    cells = [[folder, *(show(form, log[key][-1][1]) if log[key] else '' for key, form in COLUMNS.items())]
-             for folder, log in logs.items()]
-    print(table(['run', *COLUMNS], cells))
+    last = [{key: points[-1][1] for key, points in log.items() if points} for log in logs.values()]
+    print(table([dict(run=folder, **values) for folder, values in zip(logs, last)], dict(run='{}', **COLUMNS)))
     plt = pyplot()
     if plt:
         fig, axes = plt.subplots(2, 4, figsize=(18, 7))
@@ -1211,7 +1186,6 @@ def make_parser():
     arg('--config', nargs='*', type=PATH, default=[], help='config files')
     arg('--ckpt', nargs='*', type=PATH, default=[], help='checkpoints or GPT-NeoX folders')
     arg('--context', type=COUNT, help='tokens of the causal pass; default block_size')
-    arg('--count_below', type=number(int, 0), default=300_000_000, help='count a run of models with no more parameters')
 
     arg = command(ppl)
     arg('--ckpt', required=True, type=PATH, help='a ckpt.pt of train.py')
@@ -1242,7 +1216,6 @@ def make_parser():
     arg('--prompt', type=COUNT, help='tokens of a prompt to decode from; default: a quarter of block_size, at most 64')
     arg('--new', type=COUNT, help='tokens to decode in each slot; default: a quarter of block_size, at most 32')
     arg('--rounds', type=COUNT, default=5)
-    arg('--threads', type=number(int, 1, 4096), help='CPU threads')
     arg('--compile', action='store_true', help='torch.compile the blocks')
 
     arg = command(plan, runs=False)

@@ -2690,7 +2690,7 @@ def test_flops_table_equals_the_counter(shape, tmp_path, capsys):
     got, text = run_bench(capsys, 'flops', '--config', shape_file(tmp_path / 'a.py', **shape), '--json', tmp_path / 'f.json')
     c, = got['configs']
     cfg, seen, formula = AdaPonderConfig(**c['config']), c['counted']['seen'], c['counted']['formula']
-    assert c['parameters'] == sum(p.numel() for p in AdaPonderLM(cfg).parameters()) and f'{c["parameters"]:,} parameters' in text
+    assert c['parameters'] == sum(p.numel() for p in AdaPonderLM(cfg).parameters()) and f'{c["parameters"]:,} param' in text
     assert abs(seen['products'] / formula['products'] - 1) < 1e-9
     assert 1 <= seen['attention'] / formula['attention'] < 3.3  # all queries, and whole rectangles of keys
     for r in c['depths']:

@@ -57,7 +57,7 @@ def show(form, value):
 
 
 def table(rows, forms, left=1):
-    """A Markdown table of dicts: text to print, or for a README. forms: key -> format; `left` columns go to the left."""
+    """A Markdown table of dicts, as text. forms: key -> format of a column; the first `left` go to the left."""
     cells = [[key.replace('_', ' ') for key in forms]]
     cells += [[show(form, row.get(key)) for key, form in forms.items()] for row in rows]
     width = [max(len(row[j]) for row in cells) for j in range(len(forms))]
@@ -463,7 +463,7 @@ def add_comparisons(rows, main):
 
 
 def load_models(a):
-    """The models of ppl by name, the one of --ckpt first: name -> model, name -> path, and what --ckpt says beside them."""
+    """The models of ppl, that of --ckpt first: name -> model, name -> path, and what --ckpt says beside its weights."""
     model, state = load(a.ckpt, a)
     main = 'vanilla' if model.cfg.n_iter == 1 else 'adaptive' if model.cfg.halting else 'fixed'
     models, paths = {main: model}, {main: a.ckpt}
@@ -552,16 +552,17 @@ def summary(runs):
 
 def group_tables(name, group):
     """Tables of one setting: the policies at equal FLOPs, and the tokens of each model by depth."""
-    text = f'## {name}\n\nSeeds: {", ".join(map(str, group["seeds"]))}. NLL in nats a token. Saved: of the inference '
-    text += 'FLOPs of fixed depth without gates. Over learned: NLL minus that of the learned gates at the same FLOPs.\n\n'
+    seeds = ', '.join(map(str, group['seeds']))
+    text = f'## {name}\n\nSeeds: {seeds}. NLL in nats a token; saved: inference FLOPs, against fixed depth without '
+    text += 'gates; over learned: NLL minus that of the learned gates at the same FLOPs.\n\n'
     text += table(group['rows'].values(), dict(
         model='{}', policy='{}', setting='{}', flops='{:.4g}', saved='{:.1%}', depth='{:.2f}', nll='{:.4f}',
         ppl='{:.3f}', over_learned='{:+.4f}', retained='{:.1%}'), left=3)
     for model, found in group['models'].items():
         if 'by_depth' in found:
             rank = ', '.join(show('{:.3f}', r) or 'none' for r in found['spearman'])
-            text += f'\nTokens of {model} by depth; rank correlation with what later iterations save: {rank}. NLL as the '
-            text += 'model runs, where no token halts, and after the first iteration:\n\n'
+            text += f'\nTokens of {model} by depth. NLL as it runs, where no token halts, and after iteration 1. Rank '
+            text += f'correlation of depth with what the iterations after 1, 2, .. save: {rank}\n\n'
             forms = dict(depth='{}', share='{:.1%}', nll='{:.3f}', nll_full='{:.3f}', nll_first='{:.3f}')
             text += table(found['by_depth'], forms)
     return text + '\n'
@@ -945,21 +946,20 @@ def plan(a):
     largest = max(0, math.floor(t.batch_size + (room - need) / each))
     cache = 2 * cfg.n_layer * K * cfg.n_embd * cfg.block_size * (2 if bfloat16 else 4)
 
-    rate = f'{tokens / hours * a.gpus / 3600:,.0f} tokens/s, {hours:,.0f} GPU hours'
-    price = None if a.price is None else hours * a.price
-    rows = [['tokens', f'{tokens / 1e9:.3f} B', f'{steps:,} steps x {t.gradient_accumulation_steps} N'],
-            ['forward, a token', f'{forward / 1e9:.3f} GFLOPs', 'if all tokens run all iterations, see bench.py flops'],
-            ['training', f'{training:.3e} FLOPs', f'3 x forward x tokens; {forward / vanilla:.2f} x n_iter=1'],
-            ['time', f'{hours / a.gpus / 24:.2f} days', f'{peak / 1e12:.0f} TFLOP/s x MFU {a.mfu:.0%} a GPU: {rate}'],
-            ['price', show('${:,.0f}', price), 'GPU hours x --price']]
-    formulas = dict(weights='4 P: float32', gradients='4 P: float32', optimizer=f'8 P / {shards}: two moments, float32',
-                    activations='of a micro-batch at its peak, counted on tensors without values')
-    rows += [[name, f'{memory[name] / 1e9:.2f} GB', formula] for name, formula in formulas.items()]
-    rows += [['a GPU', f'{need / 1e9:.2f} GB', f'of {gigabytes}'],
-             ['fits', f'batch_size {largest}', f'the largest; each sequence takes {each / 1e9:.3f} GB'],
-             ['decoding', f'{cache / 1e9:.2f} GB', f'K and V of one sequence of {cfg.block_size} tokens']]
-    print(f'{a.config}: P = {P:,} parameters, K = {K}, N = {t.batch_size} x {t.block_size} tokens a micro-batch, {a.gpus} x {a.gpu}\n')
-    print(table([dict(zip(('what', 'value', 'how'), row)) for row in rows], dict(what='{}', value='{}', how='{}'), left=3))
+    print(f"""{a.config} on {a.gpus} x {a.gpu}: P = {P:,} parameters, K = {K}, micro-batches of N = {N:,} tokens
+
+    tokens       {tokens / 1e9:.3f} B: {steps:,} steps x {t.gradient_accumulation_steps} N
+    forward      {forward / 1e9:.3f} GFLOPs a token that runs all iterations; {forward / vanilla:.2f} x n_iter=1
+    training     {training:.3e} FLOPs: 3 x forward x tokens
+    time         {hours / a.gpus / 24:.2f} days, {hours:,.0f} GPU hours, at {peak / 1e12:.0f} TFLOP/s x MFU {a.mfu:.0%}
+    price        {show('${:,.0f}', a.price and hours * a.price) or 'GPU hours x --price'}
+    weights      {memory['weights'] / 1e9:.2f} GB: 4 P
+    gradients    {memory['gradients'] / 1e9:.2f} GB: 4 P
+    optimizer    {memory['optimizer'] / 1e9:.2f} GB: 8 P / {shards}
+    activations  {memory['activations'] / 1e9:.2f} GB: of a micro-batch at its peak, counted on tensors without values
+    a GPU        {need / 1e9:.2f} GB of {gigabytes}; each sequence takes {each / 1e9:.3f} GB: batch_size {largest} fits
+    decoding     {cache / 1e9:.2f} GB: K and V of one sequence of {cfg.block_size} tokens
+""")
     if need > room:
         print('TOO MUCH for the GPU: lower batch_size, or set remat or shard_optimizer')
     if t.gradient_accumulation_steps % a.gpus:
@@ -1048,8 +1048,8 @@ def harness_model(model, enc, a):
                 if budget >= T:
                     raise UsageError(f'a task wants {budget} new tokens, and this model sees {T} at a time')
                 prompt, made, text = (enc.encode_ordinary(context) or [eot])[-(T - budget):], [], ''
-                generator = torch.Generator().manual_seed(a.seed + n)
-                for step in stream(model, [prompt], budget, temperature, top_k, top_p, generator, tau, a.max_iter, stop_token=eot):
+                sampling = temperature, top_k, top_p, torch.Generator().manual_seed(a.seed + n)
+                for step in stream(model, [prompt], budget, *sampling, tau, a.max_iter, stop_token=eot):
                     self.spend([step.depth], [len(prompt) + len(made)])
                     made.append(step.token)
                     text = enc.decode([t for t in made if t != eot and t < enc.n_vocab])

@@ -2573,7 +2573,8 @@ def test_policies_spend_what_they_should(kind):
     else:
         policy = bench.scheduled_policy(kind, cost.mean(0).tolist(), target)
     depth, _ = bench.measure(m, x, OPTIONS, policy)
-    assert abs(float(bench.flops_spent(cost, depth).mean()) / target - 1) < 0.02
+    near = 0.001 if kind in bench.SCORES else 0.02  # a threshold that is set on the same text is exact
+    assert abs(float(bench.flops_spent(cost, depth).mean()) / target - 1) < near
     active = [1.0] + [float((depth > i).double().mean()) for i in (1, 2, 3)]
     steps = [b / a if kind == 'geometric' else a - b for a, b in zip(active, active[1:])]
     assert kind in bench.SCORES or max(steps) - min(steps) < 0.05
@@ -2615,11 +2616,11 @@ def test_statistics():
 def test_comparison_with_the_learned_gates_is_paired():
     rows = []
     for policy, flops, windows in [('fixed depth', 4, [8, 8]), ('fixed depth', 12, [9, 9]), ('fixed depth', 20, [0, 2]),
-                                   ('learned', 10, [1, 3]), ('random', 15, [2, 4]), ('random', 3, [2, 4])]:
+                                   ('learned', 10, [1, 3]), ('random', 12.5, [2, 4]), ('random', 3, [2, 4])]:
         windows = np.array(windows, float)
         rows.append(dict(model='adaptive', policy=policy, flops=flops, nll=bench.estimate(windows), windows=windows))
     bench.add_comparisons(rows, 'adaptive')
-    assert rows[4]['over_learned'] == dict(mean=1.5, error=0.0)  # half way between [1, 3] and [0, 2]; not the middle fixed depth
+    assert rows[4]['over_learned'] == dict(mean=1.25, error=0.0)  # a quarter of the way from [1, 3] to [0, 2]
     assert ['over_learned' in r for r in rows] == [False] * 4 + [True, False] and 'retained' not in rows[4]
     for model, value in (('vanilla', 10.0), ('fixed', 0.5)):
         rows.append(dict(model=model, policy='fixed depth', flops=20, nll=dict(mean=value), windows=np.zeros(2)))

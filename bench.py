@@ -161,7 +161,7 @@ def val_windows(folder, model, state, length):
     if not (folder / 'meta.json').is_file():
         raise UsageError(f'no data in {folder}: give --data, a folder that prepare_data.py made')
     meta = load_meta(folder)
-    trained_with = state.get('meta', {}).get('tokenizer_sha256', meta['tokenizer_sha256'])
+    trained_with = (state.get('meta') or {}).get('tokenizer_sha256', meta['tokenizer_sha256'])
     if trained_with != meta['tokenizer_sha256'] or meta['vocab_size'] > model.cfg.vocab_size:
         raise UsageError(f'the data in {folder} was made with another tokenizer than the model was trained with')
     return Windows(folder, meta, 'val', length, model.cfg.vocab_size)
@@ -312,7 +312,8 @@ def bisect(fn, target, low, high):
 
 def find_threshold(scores, cost, target):
     """The t at which the mean cost of tokens with scores (n, T, K - 1) comes nearest to target FLOPs."""
-    values = scores[scores.isfinite()].unique()  # the cost falls from each of these to the next
+    # only the scores themselves matter as thresholds, and the cost falls from each of them to the next
+    values = scores[scores.isfinite()].unique()
 
     def mean_cost(j):
         return float(flops_spent(cost, depth_at(scores, values[int(j)])).mean())
@@ -373,6 +374,7 @@ def pick_windows(a, folder, model, state):
     if n < 2:
         raise UsageError(f'the val split of {folder} has {val.n} windows of {T} tokens, too few to measure on')
     x = val.batch(np.linspace(0, val.n - 1, n + m).round().astype(int) * T)
+    # every few windows one is for thresholds, so that both parts come from all of the text
     calib = np.linspace(0, n + m - 1, m + 2)[1:-1].round().astype(int)
     return x[np.setdiff1d(np.arange(n + m), calib)], x[calib]
 
@@ -396,6 +398,7 @@ def compare_policies(model, x, calib, a, kinds, targets, full, bar):
     for d in range(1, K + 1):  # without halting, but stopped after d iterations
         depth, flops = torch.full(levels.shape[:2], d), float(cost_table(model.cfg, T, d)[:, d - 1].mean())
         rows.append(make_row('fixed depth', f'max_iter {d}', depth, levels[..., d - 1], flops, full, K))
+    # the learned gates come first, because the others aim at the FLOPs that these spend
     for setting, target in targets.items():
         for kind in kinds:
             if kind == 'learned' and target is None:
@@ -416,7 +419,7 @@ def compare_policies(model, x, calib, a, kinds, targets, full, bar):
                 learned = rows[-1]
                 if target is None:
                     own = by_depth(depth, nll, levels)
-                target = learned['flops']  # the others aim at what the gates spent on this text
+                target = learned['flops']
     return rows, own
 
 
@@ -445,9 +448,11 @@ def add_comparisons(rows, main):
     """
     ends = [r for r in rows if (r['model'], r['policy']) == (main, 'fixed depth')]
     learned = [r for r in rows if (r['model'], r['policy']) == (main, 'learned')]
+    # the gates' curve: all stop after one iteration, the settings, none stops
     curve = sorted([ends[0], *learned, ends[-1]], key=lambda r: r['flops'])
     flops = np.array([r['flops'] for r in curve])
     for r in rows if learned else []:
+        # not the curve itself, nor what lies beyond its ends
         itself = r['model'] == main and r['policy'] in ('learned', 'fixed depth')
         if itself or not flops[0] <= r['flops'] <= flops[-1]:
             continue
@@ -501,6 +506,7 @@ def ppl(a):
             kinds, targets = [k for k in POLICIES if k in a.policies or k == 'learned'], {'own tau': None, **shares}
         else:  # another adaptive model, as it was trained
             kinds, targets = ['learned'], {'own tau': None}
+        # a row of the table takes seconds: the bar says how long all of them will take
         with tqdm(total=len(kinds) * len(targets), desc=name, leave=False) as bar:
             measured, own = compare_policies(m, x, calib, a, kinds, targets, full, bar)
         rows += [dict(model=name, **r) for r in measured]
@@ -652,6 +658,7 @@ def count_flops(model, tokens, share):
         if tuple(k) == (1, 1, cfg.vocab_size, cfg.n_embd):  # AdaPonderLM.ponder() on a CPU: products with U and V
             vocabulary.append(flops)
         return flops
+    # half of the tokens halt, so a formula that forgot a gate or an iteration would show
     x = torch.randint(cfg.vocab_size, (1, tokens), device=device)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     with FlopCounterMode(display=False, custom_mapping={kernel: sdpa}) as counter:
@@ -782,6 +789,7 @@ def time_variants(case, variants, rounds):
     for _ in tqdm(range(rounds), desc=case, leave=False):
         for name, fn in variants.items():
             runs[name].append(fn())
+    # ratios within a round: what slows the machine for a while slows all variants alike
     first, rows = next(iter(variants)), []
     per_token = {name: np.array([r['seconds'] / r['tokens'] for r in mine]) for name, mine in runs.items()}
     flops = {name: mine[0]['flops'] / mine[0]['tokens'] for name, mine in runs.items()}
@@ -942,6 +950,7 @@ def plan(a):
     memory = dict(weights=4 * P, gradients=4 * P, optimizer=8 * P / shards)
     memory['activations'] = activation_memory(cfg, t.batch_size, bfloat16, t.remat)
     need, room = sum(memory.values()), 0.92e9 * gigabytes  # the rest for CUDA's context and fragments
+    # two sizes tell how much each sequence adds
     each = (activation_memory(cfg, 2 * t.batch_size, bfloat16, t.remat) - memory['activations']) / t.batch_size
     largest = max(0, math.floor(t.batch_size + (room - need) / each))
     cache = 2 * cfg.n_layer * K * cfg.n_embd * cfg.block_size * (2 if bfloat16 else 4)
@@ -1020,6 +1029,7 @@ def harness_model(model, enc, a):
 
                 def policy(i, s, h, row, pos):  # padding comes after the text, so nothing sees it, and halts at once
                     return (s >= tau) & (pos < length[row])
+                # only the continuation's states become logits
                 with autocast(a):
                     out = model(x, execution='packed', policy=policy, max_iter=a.max_iter)
                     for r, n in enumerate(numbers):
@@ -1073,10 +1083,11 @@ def downstream(a):
         enc = load_tokenizer(a.tokenizer)
     elif 'meta' in state:
         enc = load_tokenizer(state['meta'], Path(a.ckpt).parent)
-    elif (Path(a.ckpt) / 'tokenizer.json').is_file():
-        enc = load_tokenizer(str(Path(a.ckpt) / 'tokenizer.json'))
-    else:
-        raise UsageError(f'{a.ckpt} has no tokenizer.json: give --tokenizer')
+    else:  # the one that lies beside Hugging Face's weights
+        files = [f for f in model.tokenizer_files if Path(f).name.startswith('tokenizer.')]
+        if not files:
+            raise UsageError(f'{a.ckpt} has no tokenizer.json: give --tokenizer')
+        enc = load_tokenizer(str(files[0]))
     if enc.eot_token >= model.cfg.vocab_size:
         raise UsageError('the tokenizer has more tokens than the model: give the one that it was trained with')
     lm, manager, rows = harness_model(model, enc, a), TaskManager(include_path=a.include_path), []

@@ -162,10 +162,10 @@ def load_tokenizer(tokenizer, folder=None):
     encode_ordinary(), which takes <|endoftext|> within a text for ordinary text.
     Raises UsageError if the tokenizer is missing, cannot be used, or is not the one that made the data.
     """
-    meta = tokenizer if isinstance(tokenizer, dict) else None
-    if meta and not {'tokenizer', 'tokenizer_sha256'} <= meta.keys():
+    meta = tokenizer if isinstance(tokenizer, dict) else {'tokenizer': tokenizer, 'tokenizer_sha256': None}
+    if not {'tokenizer', 'tokenizer_sha256'} <= meta.keys():
         raise UsageError(f'the meta.json of {folder or "the data"} names no tokenizer: prepare the data again')
-    name = str(meta['tokenizer'] if meta else tokenizer)
+    name = str(meta['tokenizer'])
     path = Path(folder or '', os.path.expanduser(name))
     if path.suffix in ('.tiktoken', '.json'):
         if not path.is_file():
@@ -177,7 +177,7 @@ def load_tokenizer(tokenizer, folder=None):
         # of the tokens only: tiktoken rewrites its patterns for speed now and then
         tokens = sorted((i, token.hex()) for token, i in enc._mergeable_ranks.items())
         enc.sha256 = hashlib.sha256(json.dumps(tokens + sorted(enc._special_tokens.items())).encode()).hexdigest()
-    if meta and enc.sha256 != meta['tokenizer_sha256']:
+    if isinstance(tokenizer, dict) and enc.sha256 != meta['tokenizer_sha256']:
         raise UsageError(f'tokenizer {path} is not the one that made the data: its sha256 differs from meta.json')
     if EOT not in enc._special_tokens:
         raise UsageError(f'tokenizer {name} has no {EOT}, which ends a document: give another')
@@ -289,7 +289,7 @@ def find_inputs(sources, out):
             names = [path] if os.path.isfile(path) else glob.glob(path, recursive=True)
             files = [Path(name) for name in names if os.path.isfile(name)]
         if not files:
-            raise UsageError(f'no files found for {source!r}: give files, folders, globs, stdlib, shakespeare or hf:NAME')
+            raise UsageError(f'no files found for {source!r}: give files, folders, globs, stdlib, shakespeare, hf:NAME')
         for file in sorted(files):
             named = not in_folder or (file in inputs and inputs[file][1])
             inputs[file] = (file, named, file.stat().st_size, file.stat().st_mtime_ns)
@@ -310,13 +310,15 @@ def walk(folder, out):
 
 def download_shakespeare(out):
     path = out / 'input.txt'
-    if not path.is_file():
-        out.mkdir(parents=True, exist_ok=True)
-        try:
-            with urllib.request.urlopen(SHAKESPEARE, timeout=30) as response:
-                write_beside(path, response.read())
-        except Exception as e:  # urllib lets through those of http and ssl too
-            raise UsageError(f'shakespeare could not be downloaded ({e}): without a network give stdlib, or text files')
+    if path.is_file():
+        return path
+    try:
+        with urllib.request.urlopen(SHAKESPEARE, timeout=30) as response:
+            text = response.read()
+    except Exception as e:  # urllib lets through those of http and ssl too
+        raise UsageError(f'shakespeare could not be downloaded ({e}): without a network give stdlib, or text files')
+    out.mkdir(parents=True, exist_ok=True)
+    write_beside(path, text)
     return path
 
 
@@ -346,7 +348,7 @@ def read_documents(path):
                 rows = (row for batch in table.iter_batches(256, columns=['text']) for row in batch.to_pylist())
                 for i, row in enumerate(rows):
                     yield row_text(row, f'{path}, row {i}'), raw.tell()
-            elif form == '.jsonl':
+            elif form in ('.jsonl', '.ndjson'):
                 for i, line in enumerate(stream, 1):
                     if line.strip():
                         yield row_text(line, f'{path}, line {i}'), raw.tell()
@@ -508,16 +510,18 @@ def prepare(sources=('stdlib',), out='data/stdlib', tokenizer='bytes', val_fract
         work.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UsageError(f'{out} cannot be made a folder for the data ({e.strerror}): give another --out')
-    with lock(work):
-        try:
-            meta |= write_splits(inputs, work, enc, meta, int(shard_tokens), workers, may_cut=not shard)
-            publish(work, out, meta, file if is_file else None)
-        except BaseException:
-            if not (work / 'progress.json').is_file():  # nothing that is worth to continue
-                shutil.rmtree(work)
-                if not any(out.iterdir()):
-                    out.rmdir()
-            raise
+    held = lock(work)
+    try:
+        meta |= write_splits(inputs, work, enc, meta, int(shard_tokens), workers, may_cut=not shard)
+        publish(work, out, meta, file if is_file else None)
+    except BaseException:
+        if not (work / 'progress.json').is_file():  # nothing is saved that the same command could continue
+            shutil.rmtree(work)
+            if not any(out.iterdir()):
+                out.rmdir()
+        raise
+    finally:
+        held.close()
     counts = [f'{name} {meta[name]["tokens"]:,} tokens in {meta[name]["documents"]:,} documents' for name in SPLITS]
     print(f'{out}: ' + ', '.join(counts))
     return join_shards(whole, n, meta) if shard else meta

@@ -70,7 +70,6 @@ class Places:
         self.token, self.slot, self.it, self.pos = torch.tensor(places, device=device).unbind(1)
 
 
-@torch.compiler.disable  # Python loop over slots: nothing to fuse, and its lengths change with each step
 def slot_attention(q, k, v, kv, at):
     """One token of each of N slots, each at its own iteration and position. q, k, v: (N, nh, hs), at: Places.
 
@@ -182,7 +181,7 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=No
     if any(not t or min(t) < 0 or max(t) >= model.cfg.vocab_size for t in texts):
         raise ValueError(f'prompts must have at least one token, and tokens from 0 to {model.cfg.vocab_size - 1}')
     budget = [max_new_tokens] * len(texts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-    generators = generator if isinstance(generator, list) else [generator] * len(texts)
+    generators = list(generator) if isinstance(generator, (list, tuple)) else [generator] * len(texts)
     if not len(texts) == len(budget) == len(generators):
         raise ValueError(f'{len(texts)} prompts, {len(budget)} numbers of new tokens, {len(generators)} generators')
 
@@ -345,7 +344,7 @@ ul{display:flex;padding:0;margin:1rem 0 0;list-style:none;font-size:.8rem}
 li{padding:.15rem .5rem;overflow:hidden;white-space:nowrap;flex:1 0 auto}
 li:first-child{border-radius:.3rem 0 0 .3rem}
 li:last-child{border-radius:0 .3rem .3rem 0}
-pre{font:14px/1.7 var(--mono);white-space:pre-wrap;overflow-wrap:anywhere;tab-size:4}
+pre{font:14px/1.7 var(--mono);white-space:break-spaces;overflow-wrap:anywhere;tab-size:4}
 pre{margin:1rem 0;padding-top:1rem;border-top:1px solid var(--line)}
 .t{padding:.16em 0;cursor:default}
 .t:hover,.t:focus{outline:2px solid var(--text);outline-offset:-1px}
@@ -432,7 +431,12 @@ def load(ckpt, tokenizer, dtype):
         vanilla = False
     model = AdaPonderLM.from_pretrained(ckpt, n_iter=1 if vanilla else None, dtype=dtype)
     folder = model.tokenizer_files[0].parent if model.tokenizer_files else path  # a hub name's is in a cache
-    meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8')) if (folder / 'meta.json').is_file() else None
+    meta = None
+    if (folder / 'meta.json').is_file():
+        try:
+            meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
+        except (ValueError, RecursionError):
+            meta = {}  # says nothing
     return model, find_tokenizer(tokenizer, folder, meta)
 
 

@@ -363,12 +363,7 @@ def test_generate_is_the_same_on_every_execution():
         assert outs[0].shape == (2, 51) and torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])  # 51 tokens outgrow the 32 of the context
 
 
-def by_position(rate):
-    """A random halting policy that depends on (iteration, position) alone: the same for a prompt in any row."""
-    return lambda i, s, h, row, pos: coin(rate)(i, s, h, 0, pos)
-
-
-@pytest.mark.parametrize('kw', [dict(temperature=0), dict(top_k=20, top_p=0.8), dict(policy=by_position(0.5)), dict(max_iter=3),
+@pytest.mark.parametrize('kw', [dict(temperature=0), dict(top_k=20, top_p=0.8), dict(policy=coin(0.5)), dict(max_iter=3),
                                 dict(tau=0.5, temperature=0.7)])
 @pytest.mark.parametrize('config', [{}, dict(objective='saving', tau=0.3, ponder_norm=True), dict(feedback='hidden'),
                                     dict(halting=False)])
@@ -380,8 +375,12 @@ def test_batch_engine_equals_one_at_a_time(config, kw):
 
     def generators():
         return [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-    want = [m.generate(torch.tensor([p]), n, generator=g, **kw)[0, len(p):].tolist()
-            for p, n, g in zip(prompts, new, generators())]
+    want = []
+    for n, (p, generator) in enumerate(zip(prompts, generators())):
+        alone = dict(kw)
+        if 'policy' in kw:  # in the engine a prompt's row is its index
+            alone['policy'] = lambda i, s, h, row, pos: kw['policy'](i, s, h, row + n, pos)
+        want.append(m.generate(torch.tensor([p]), new[n], generator=generator, **alone)[0, len(p):].tolist())
     before = [list(p) for p in prompts]
     runs = []
     for slots in (1, 3, 32):

@@ -2131,6 +2131,7 @@ def test_disk_full_costs_one_checkpoint(trained, tmp_path, capsys):
     (dict(learning_rat=1), "did you mean 'learning_rate'?"), (dict(zzz=1), "unknown key 'zzz'"),
     (dict(lr=1), "'learning_rate'"), (dict(dataset='x'), "'data_dir'"), (dict(n_heads=1), "'n_head'"),
     (dict(max_iters=1), "'max_steps'"), (dict(n_layer=1.5), 'n_layer must be int'), (dict(n_layer=True), 'must be int'),
+    (dict(out_dir=''), "out_dir must be str, not ''"),
     (dict(halting=1), 'halting must be bool'), (dict(learning_rate='fast'), 'learning_rate must be float'),
     (dict(max_steps='40%'), 'max_steps must be a number of steps'), (dict(max_steps='1e30'), 'max_steps must be'),
     (dict(ponder_start='soon'), "not 'soon'"), (dict(ponder_start=0.4), "not '0.4'"),

@@ -138,8 +138,8 @@ def checked(key, value, kind):
     """The value of a field of TrainConfig, or UsageError for a wrong type and a number out of range."""
     is_number = type(value) in (int, float)
     right = is_number if kind is float else type(value) in getattr(kind, '__args__', (kind,))
-    if not right:
-        raise UsageError(f'{key} must be {getattr(kind, "__name__", kind)}, not {value!r}')
+    if not right or value == '':
+        raise UsageError(f'{key} must be {getattr(kind, "__name__", kind)}, not {value!r:.80}')
     low, high = RANGES.get(key, (0, 2 ** 31 - 1))
     if is_number and not low <= value <= high:  # NaN is refused as well
         raise UsageError(f'{key} must be from {low} to {high}, not {value}')
@@ -284,7 +284,7 @@ def bfloat16_slowdown():
 
 def load_meta(folder):
     """The meta.json that prepare_data.py wrote, a dict; UsageError where a key is missing that training needs."""
-    path = folder / 'meta.json'
+    path = Path(folder) / 'meta.json'
     try:
         meta = json.loads(path.read_text(encoding='utf-8'))
         np.dtype(meta['dtype']), meta['vocab_size'] + 0, meta['tokenizer'], meta['tokenizer_sha256']
@@ -432,14 +432,16 @@ def evaluate(model, val, cfg, device, autocast, halting=True, rank=0, world=1):
     n = max(1, min(val.n, cfg.eval_tokens // cfg.block_size))
     sums = torch.zeros(2, K, dtype=torch.float64)  # tokens and their NLL, by depth; on the CPU: MPS has no float64
     mine = range(rank, n, world)
-    execution = 'dense' if cfg.compile and device.type == 'cuda' else 'packed'  # compiled blocks want one shape
+    execution = 'dense' if cfg.compile and device.type == 'cuda' else 'packed'
     for i in range(0, len(mine), cfg.batch_size):
-        x = val.batch([w * val.n // n * cfg.block_size for w in mine[i:i + cfg.batch_size]]).to(device)
+        starts = [w * val.n // n * cfg.block_size for w in mine[i:i + cfg.batch_size]]
+        padding = starts[:1] * (cfg.batch_size - len(starts))  # compiled blocks want one shape
+        x = val.batch(starts + padding).to(device)
         with autocast():
             out = model(x[:, :-1], x[:, 1:], execution=execution, halting=halting)
-        d = out.depth.flatten().cpu() - 1
+        d = out.depth[:len(starts)].flatten().cpu() - 1
         sums[0].index_add_(0, d, torch.ones(len(d), dtype=torch.float64))
-        sums[1].index_add_(0, d, out.nll.flatten().cpu().double())
+        sums[1].index_add_(0, d, out.nll[:len(starts)].flatten().cpu().double())
     if world > 1:
         dist.all_reduce(sums)
     tokens, nll = sums
@@ -518,7 +520,8 @@ def check_same(world, **things):
 
 def closing_sample(model, cfg, val, meta, data_dir):
     """A prompt from the val split, and after a | what the model makes of it, up to the end of the document."""
-    # compiled blocks would be compiled again for every length, so sample from the weights in a model without
+    from sample import visible  # shows control bytes as escapes
+    # compiled blocks would be compiled again for every length: put the same weights into a model without
     model = AdaPonderLM.from_state(dict(config=asdict(model.cfg), model=model.state_dict()))
     enc = load_tokenizer(meta, data_dir)
     prompt = val.tokens(0, min(32, cfg.block_size)).tolist()
@@ -528,8 +531,7 @@ def closing_sample(model, cfg, val, meta, data_dir):
     new = [t for t in new[0, len(prompt):].tolist() if t < meta['vocab_size']]  # the rows beyond are padding
     if enc.eot_token in new:
         new = new[:new.index(enc.eot_token)]
-    text = f'{enc.decode(prompt)}|{enc.decode(new)}'
-    return ''.join(c if c.isprintable() or c in '\n\t' else f'\\x{ord(c):02x}' for c in text)  # no control bytes
+    return visible(f'{enc.decode(prompt)}|{enc.decode(new)}')
 
 
 # -----------------------------------------------------------------------------
@@ -682,6 +684,7 @@ def train(cfg):
             wandb_log, wandb_id = start_wandb(cfg, wandb_id)
     if cfg.compile and device.type == 'cuda':
         torch._dynamo.config.optimize_ddp = False  # blocks are compiled one by one, there is no graph to split
+        torch._dynamo.config.recompile_limit = 64  # all blocks share about ten graphs: stages, evaluation, with a mask
         for block in model.blocks:
             block.compile()
 

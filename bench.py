@@ -213,8 +213,8 @@ def log_probs(model, h):
 
 def in_chunks(model, fn, *tensors):
     """fn on a chunk of tokens at a time, so that the logits of all are never held at once. tensors: (N, ...) each."""
-    size = model.chunk(tensors[0])
-    return torch.cat([fn(*parts) for parts in zip(*(t.split(size) for t in tensors))])
+    n = model.chunks(tensors[0])
+    return torch.cat([fn(*parts) for parts in zip(*(t.chunk(n) for t in tensors))])
 
 
 def gate_score(model):

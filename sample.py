@@ -105,7 +105,7 @@ class Engine:
         out = self.model.prefill(idx, cache, policy=policy, tau=self.tau, max_iter=self.max_iter)
         slot.pos, slot.it = len(tokens) - 1, int(out.depth[0, -1]) - 1
         slot.gates = out.gates[0, -1, :min(slot.it + 1, len(out.records))].tolist()
-        return self.model.few_logits(out.hidden[:, -1])
+        return self.model.head(out.hidden[:, -1])
 
     def start(self, slots, tokens):
         """Put newly drawn tokens (N,) into their slots."""
@@ -148,10 +148,10 @@ class Engine:
         Both begin with a product with the unembedding, the largest of a step: one product makes all of them.
         """
         if self.model.cfg.feedback == 'hidden':
-            return self.model.ponder(going), self.model.few_logits(halted)
-        logits = self.model.few_logits(torch.cat([self.model.ln_ponder(going), halted]))
+            return self.model.ponder(going), self.model.head(halted)
+        logits = self.model.head(torch.cat([self.model.ln_ponder(going), halted]))
         going, halted = logits.split([len(going), len(halted)])
-        return self.model.expected_row(going) * self.model.cfg.embed_scale, halted
+        return self.model.expect(going) * self.model.cfg.embed_scale, halted
 
 
 def draw(logits, generators, temperature, top_k, top_p):

@@ -2679,9 +2679,9 @@ def test_plan_knows_the_peak_of_a_step(kw, bf16, remat, tmp_path):
               for e in json.loads((tmp_path / 'trace.json').read_text(encoding='utf-8'))['traceEvents'] if e['name'] == '[memory]']
     _, first, size = min(events)
     measured = max(total for _, total, _ in events) - (first - size)
-    in_place = 2 * 4 * cfg.vocab_size * cfg.n_embd  # gradients of the two tables, which autograd adds up in place
+    in_place = 4 * sum(p.numel() for p in model.parameters())  # gradients that autograd adds up in place
     got = bench.activation_memory(cfg, 8, bf16, remat, like_gpu=False)
-    assert measured * 0.99 < got < measured * 1.02 + in_place
+    assert measured * 0.99 < got < measured * 1.01 + in_place
 
 
 def test_plan_arithmetic(tmp_path, capsys):

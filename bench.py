@@ -911,8 +911,8 @@ def activation_memory(cfg, batch_size, bfloat16=True, remat=False, like_gpu=True
     """Bytes at the peak of a forward and backward pass over batch_size sequences, beyond weights, gradients and AdamW.
 
     Runs the model itself on fake tensors, which have shapes and no values, so any size fits any machine. like_gpu: the
-    paths that the model takes on a GPU. An upper bound: torch.compile keeps less; and autograd adds up gradients in place
-    where it can, which it does not on fake tensors: up to the size of the weights less.
+    paths that the model takes on a GPU. An upper bound: torch.compile keeps less, and autograd adds up gradients in
+    place where it can, but never fake ones: at most the size of the gradients.
     """
     with FakeTensorMode():
         with torch.device('meta'):

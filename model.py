@@ -365,12 +365,16 @@ class AdaPonderLM(nn.Module):
         on = policy(i, s, h, row, pos) if policy else s >= (self.cfg.tau if tau is None else tau)
         return s, on
 
+    def on_cpu(self, h):
+        """Where h is. A method, so that bench.py plan can count what a GPU would hold on tensors without values."""
+        return h.device.type == 'cpu'
+
     def few(self, h):
         """Whether h (N, d) are the few tokens of a decoding step on a CPU.
 
         There a product with the vocabulary is made in eight parts, which takes a quarter to two thirds of the time.
         """
-        return h.device.type == 'cpu' and len(h) <= 64 and self.cfg.vocab_size % 8 == 0 and not torch.is_grad_enabled()
+        return self.on_cpu(h) and len(h) <= 64 and self.cfg.vocab_size % 8 == 0 and not torch.is_grad_enabled()
 
     def head(self, h):
         """Logits h U^T. h: (N, d) -> (N, vocab)."""
@@ -390,7 +394,7 @@ class AdaPonderLM(nn.Module):
 
     def chunks(self, h):
         """In how many parts h (N, d) meets the vocabulary: of 64 MB of float32 logits on a CPU, 1 GB on a GPU."""
-        numbers = 2 ** 24 if h.device.type == 'cpu' else 2 ** 28
+        numbers = 2 ** 24 if self.on_cpu(h) else 2 ** 28
         return max(1, math.ceil(len(h) * self.cfg.vocab_size / numbers))
 
     def ponder(self, h):
@@ -398,7 +402,7 @@ class AdaPonderLM(nn.Module):
         h, chunks, learns = self.ln_ponder(h), self.chunks(h), torch.is_grad_enabled()
         if self.cfg.feedback == 'hidden':
             return h
-        if learns and chunks > 1 and h.device.type == 'cpu':
+        if learns and chunks > 1 and self.on_cpu(h):
             # softmax(h U^T) V is attention of h over the vocabulary: training with torch's kernel takes 3/4 of the time
             U, V = (table.weight.to(h.dtype)[None, None] for table in (self.unembed, self.embed))
             return F.scaled_dot_product_attention(h[None, None], U, V, scale=1.0)[0, 0] * self.cfg.embed_scale

@@ -522,7 +522,7 @@ def run_batch(a, model, enc, stop):
             depth = sum(step.depth for step in made[n]) / len(made[n]) if made[n] else None
             result = {**job, 'completion': data.decode(errors='replace'), 'tokens': len(made[n]), 'mean_depth': depth}
             line = json.dumps(result, ensure_ascii=False)
-            lines.append(line.encode('utf-8', 'backslashreplace').decode())  # half of a surrogate pair, escaped, is JSON too
+            lines.append(line.encode('utf-8', 'backslashreplace').decode())  # of a lone surrogate
             if not a.out:
                 tqdm.write(lines[-1], file=sys.stdout)
                 sys.stdout.flush()

@@ -172,7 +172,7 @@ def cached_attention(q, k, v, kv, at):
     i, row = at
     row = slice(None) if row is None else row
     for cache, new in zip(kv, (k, v)):  # into the later iterations too: that is what they see if the token halts here
-        cache[..., -1, :][row, i:] = new.view(-1, 1, *new.shape[-2:])
+        cache[..., -1, :][row, i:] = new.view(-1, 1, *new.shape[-2:]).to(cache.dtype)  # autocast: bfloat16 of float32
     y = F.scaled_dot_product_attention(q.view(-1, *q.shape[-2:])[:, :, None], kv[0][row, i], kv[1][row, i])
     return y.view_as(q), kv
 
@@ -456,7 +456,7 @@ class AdaPonderLM(nn.Module):
             index = everyone if active is None else active
             if fixed:
                 records.append((index, torch.ones_like(h[:, 0]), None, h))
-                E = E + self.ponder(h).view_as(E)
+                E = E + self.ponder(h).view_as(E).to(E.dtype)
                 continue
             s, on = self.decide(i, h, index // T, index % T + start, policy, tau, halting)
             on = on.nonzero()[:, 0]
@@ -508,7 +508,10 @@ class AdaPonderLM(nn.Module):
 
     def cross_entropy(self, h, targets):
         """NLL in nats: its sum (), and that of each token (N,), detached. h: (N, d), targets: (N,)."""
-        return CrossEntropy.apply(h, self.unembed.weight, targets, self.chunks(h))
+        U = self.unembed.weight
+        if not torch.is_grad_enabled():  # else CrossEntropy would make gradients in vain
+            h, U = h.detach(), U.detach()
+        return CrossEntropy.apply(h, U, targets, self.chunks(h))
 
     def paper_loss(self, out, k):
         """Mean of the smallest k fraction of all gate values, halted tokens' too, a scalar (arXiv 2603.01914).
@@ -779,7 +782,7 @@ def sample(logits, u, temperature=1.0, top_k=None, top_p=None):
     top_k keeps the k likeliest tokens, top_p (nucleus) the likeliest that together reach p; temperature 0 takes the
     likeliest. Raises ValueError where logits are not finite.
     """
-    if not torch.isfinite(logits).all():
+    if not torch.isfinite(logits.float().sum()):  # a NaN or infinity anywhere makes the sum one; ten times faster than each
         raise ValueError('the logits are not finite: the model diverged in training, or its weights are damaged')
     if temperature == 0:
         return logits.argmax(-1)

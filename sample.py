@@ -424,12 +424,10 @@ def load(ckpt, tokenizer, dtype):
         return AdaPonderLM.from_state(state, path).to(dtype), enc
     if path.is_dir() and not (path / 'config.json').is_file():
         raise UsageError(f"{path} holds neither train.py's ckpt.pt nor Hugging Face's config.json")
-    try:
-        from transformers import AutoConfig
-        vanilla = not hasattr(AutoConfig.from_pretrained(path if path.is_dir() else ckpt), 'ponderinglm')
-    except Exception:  # from_pretrained() says in a sentence what is wrong
-        vanilla = False
-    model = AdaPonderLM.from_pretrained(ckpt, n_iter=1 if vanilla else None, dtype=dtype)
+    model = AdaPonderLM.from_pretrained(ckpt, dtype=dtype)
+    from transformers import AutoConfig
+    if not hasattr(AutoConfig.from_pretrained(path if path.is_dir() else ckpt), 'ponderinglm'):
+        model = AdaPonderLM.from_pretrained(ckpt, n_iter=1, dtype=dtype)  # a plain Pythia
     folder = model.tokenizer_files[0].parent if model.tokenizer_files else path  # a hub name's is in a cache
     meta = None
     if (folder / 'meta.json').is_file():
@@ -524,7 +522,7 @@ def run_batch(a, model, enc, stop):
             depth = sum(step.depth for step in made[n]) / len(made[n]) if made[n] else None
             result = {**job, 'completion': data.decode(errors='replace'), 'tokens': len(made[n]), 'mean_depth': depth}
             line = json.dumps(result, ensure_ascii=False)
-            lines.append(line.encode('utf-8', 'backslashreplace').decode())  # half of a surrogate pair, escaped, is JSON too
+            lines.append(line.encode('utf-8', 'backslashreplace').decode())  # of a lone surrogate
             if not a.out:
                 tqdm.write(lines[-1], file=sys.stdout)
                 sys.stdout.flush()
@@ -616,8 +614,9 @@ def parse(argv):
         raise UsageError('--html, --depth, --num_samples and --execution do not go with --prompts')
     if a.out and not a.prompts:
         raise UsageError('--out is for --prompts: redirect standard output instead')
-    for path in filter(None, (a.html, a.out)):
-        check_writable(path)
+    for path in (a.html, a.out):
+        if path is not None:
+            check_writable(path)
     return a
 
 

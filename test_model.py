@@ -55,11 +55,14 @@ torch.set_num_threads(1)  # the models are tiny: a second thread costs more than
 
 # model.py against a naive reference: method.md's formulas, one token at a time, in float64, without torch's attention, masks or caches
 
-def tiny(dtype=torch.float64, open_gates=False, seed=0, **kw):
+DEVICES = ['cpu'] + ['cuda'] * torch.cuda.is_available()
+
+
+def tiny(dtype=torch.float64, open_gates=False, seed=0, device='cpu', **kw):
     """A small model whose gates really halt: about a third of the tokens at each gate."""
     torch.manual_seed(seed)
     cfg = AdaPonderConfig(**{**dict(vocab_size=61, block_size=32, n_layer=2, n_head=4, n_embd=32, rotary_pct=0.5), **kw})
-    model = AdaPonderLM(cfg).to(dtype)
+    model = AdaPonderLM(cfg).double()
     for name, p in model.named_parameters():  # away from the zeros and ones of the initialisation
         if p.dim() == 1:
             torch.nn.init.normal_(p, mean=1.0 if 'ln' in name and 'weight' in name else 0.0, std=0.1)
@@ -73,13 +76,26 @@ def tiny(dtype=torch.float64, open_gates=False, seed=0, **kw):
         return torch.ones_like(s, dtype=torch.bool)
     with torch.no_grad():
         model(torch.randint(cfg.vocab_size, (8, cfg.block_size)), policy=shift)
-    return model
+    return model.to(device, dtype)
 
 
-def naive(model, tokens, policy=None, halting=True):
-    """One sequence, float64. Returns logits (T, vocab), depths, gate values: lists over tokens."""
+def random_tokens(*shape, seed=0, device='cpu', vocab=61):
+    return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def random_policy(rate, seed=0):
+    """A halting policy that depends on (iteration, row, position) alone, so that every execution meets the same one."""
+    def policy(i, s, h, row, pos):
+        x = (row * 7919 + pos * 104729 + i * 1299709 + seed * 15485863) % 1009
+        return x >= rate * 1009
+    return policy
+
+
+def naive(model, tokens, policy=None):
+    """One sequence. policy: fn(i, t) -> goes on. Returns arrays: logits (T, vocab), depth (T,), gate values (T, K - 1) that
+    are 0 once a token has halted, and the same with the values of its later gates on the state it halted with."""
     cfg, w = model.cfg, {n: p.detach().double().numpy() for n, p in model.named_parameters()}
-    T, d, nh = len(tokens), cfg.n_embd, cfg.n_head
+    T, d, nh, K = len(tokens), cfg.n_embd, cfg.n_head, cfg.n_iter
     hs = d // nh
     rot = int(hs * cfg.rotary_pct)
     scale = math.sqrt(d) if cfg.scale_embeds else 1.0
@@ -91,7 +107,8 @@ def naive(model, tokens, policy=None, halting=True):
         return np.array([0.5 * v * (1 + math.erf(v / math.sqrt(2))) for v in x])
 
     def mlp(x, name):
-        return w[name + '.proj.weight'] @ gelu(w[name + '.fc.weight'] @ x + w[name + '.fc.bias']) + w[name + '.proj.bias']
+        hidden = gelu(w[name + '.fc.weight'] @ x + w[name + '.fc.bias'])
+        return w[name + '.proj.weight'] @ hidden + w[name + '.proj.bias']
 
     def rope(x, t):
         y = x.copy()
@@ -101,79 +118,175 @@ def naive(model, tokens, policy=None, halting=True):
             y[j + rot // 2] = x[j + rot // 2] * math.cos(a) + x[j] * math.sin(a)
         return y
 
-    E = [w['embed.weight'][t] * scale for t in tokens]
-    alive, depth, gates, out = [True] * T, [0] * T, [[] for _ in range(T)], [None] * T
-    K, V = {}, {}  # (layer, token, head): overwritten by each iteration that the token runs
-    for i in range(cfg.n_iter):
+    def gate(i, h):
+        return 1 / (1 + math.exp(-mlp(h, f'gates.{i}')[0])) if model.gates else 1.0
+
+    def ponder(h):
+        if cfg.ponder_norm:
+            h = h * w['ln_ponder.weight'] + w['ln_ponder.bias']
+        if cfg.feedback == 'hidden':
+            return h
+        logits = w['unembed.weight'] @ h
+        p = np.exp(logits - logits.max())
+        return (p / p.sum()) @ w['embed.weight'] * scale
+
+    E = [w['embed.weight'][t] * scale * (K - 1 if cfg.multiply_pondering_steps and K > 1 else 1) for t in tokens]
+    alive, depth, h = [True] * T, np.zeros(T, int), np.zeros((T, d))
+    gates = np.zeros((T, K - 1))
+    keys, values = {}, {}  # (layer, token, head): overwritten by each iteration that the token runs
+    for i in range(K):
         x = {t: E[t] for t in range(T) if alive[t]}
         for l in range(cfg.n_layer):
-            q = {}
+            block, q = f'blocks.{l}', {}
             for t in x:
-                qkv = w[f'blocks.{l}.attn.qkv.weight'] @ norm(x[t], f'blocks.{l}.ln_1') + w[f'blocks.{l}.attn.qkv.bias']
-                for h in range(nh):
-                    a, b, c = np.split(qkv[h * 3 * hs:(h + 1) * 3 * hs], 3)
-                    q[t, h], K[l, t, h], V[l, t, h] = rope(a, t), rope(b, t), c
+                qkv = w[block + '.attn.qkv.weight'] @ norm(x[t], block + '.ln_1') + w[block + '.attn.qkv.bias']
+                for j in range(nh):
+                    a, b, c = np.split(qkv[j * 3 * hs:(j + 1) * 3 * hs], 3)
+                    q[t, j], keys[l, t, j], values[l, t, j] = rope(a, t), rope(b, t), c
             for t in x:
                 y = []
-                for h in range(nh):
-                    scores = np.array([q[t, h] @ K[l, u, h] / math.sqrt(hs) for u in range(t + 1)])
+                for j in range(nh):
+                    scores = np.array([q[t, j] @ keys[l, u, j] / math.sqrt(hs) for u in range(t + 1)])
                     p = np.exp(scores - scores.max())
-                    y.append(sum(pu * V[l, u, h] for u, pu in enumerate(p / p.sum())))
-                x[t] = (x[t] + w[f'blocks.{l}.attn.proj.weight'] @ np.concatenate(y) + w[f'blocks.{l}.attn.proj.bias']
-                        + mlp(norm(x[t], f'blocks.{l}.ln_2'), f'blocks.{l}.mlp'))
+                    y.append(sum(p[u] / p.sum() * values[l, u, j] for u in range(t + 1)))
+                attention = w[block + '.attn.proj.weight'] @ np.concatenate(y) + w[block + '.attn.proj.bias']
+                x[t] = x[t] + attention + mlp(norm(x[t], block + '.ln_2'), block + '.mlp')
         for t in x:
-            h = message = norm(x[t], 'ln_f')
-            depth[t], out[t] = i + 1, w['unembed.weight'] @ h
-            if i < cfg.n_iter - 1:
-                s = 1 / (1 + math.exp(-mlp(h, f'gates.{i}')[0])) if halting else 1.0
-                gates[t].append(s)
+            h[t], depth[t] = norm(x[t], 'ln_f'), i + 1
+            if i < K - 1:
+                s = gates[t, i] = gate(i, h[t])
                 alive[t] = policy(i, t) if policy else s >= cfg.tau
                 if alive[t]:
-                    if cfg.ponder_norm:
-                        message = h * w['ln_ponder.weight'] + w['ln_ponder.bias']
-                    logits = w['unembed.weight'] @ message
-                    p = np.exp(logits - logits.max())
-                    e = (p / p.sum()) @ w['embed.weight'] * scale
-                    E[t] = E[t] + (1.0 if cfg.objective == 'saving' else s) * (message if cfg.feedback == 'hidden' else e)
-    return np.stack(out), depth, gates
+                    E[t] = E[t] + (s if cfg.objective == 'paper' else 1.0) * ponder(h[t])
+    pool = [[gates[t, i] if i < depth[t] else gate(i, h[t]) for i in range(K - 1)] for t in range(T)]
+    return h @ w['unembed.weight'].T, depth, gates, np.array(pool)
 
 
+@torch.no_grad()
 def cached(model, tokens, n, **kw):
-    """Logits and depths of the cached execution: the prompt's first n tokens prefilled, the others forced through the decoder one by one."""
-    logits, forced = [], iter(tokens[n:])
-    drawn = model_py.sample
-
-    def force(x, *a):
-        logits.append(x[0])
-        return torch.tensor([next(forced, 0)])
-    model_py.sample = force
-    try:
-        steps = list(model.stream([tokens[:n]], len(tokens) - n + 1, **kw))
-    finally:
-        model_py.sample = drawn
-    return torch.stack(logits), [s.depth for s in steps], [s.gates for s in steps]
+    """tokens (B, T) by cached decoding: the first n prefilled, the others one by one. Like an Output."""
+    cache = model.new_cache(*tokens.shape)
+    outs = [model.prefill(tokens[:, :n], cache, **kw)]
+    outs += [model.decode(tokens[:, t:t + 1], cache, t, **kw) for t in range(n, tokens.size(1))]
+    return SimpleNamespace(**{name: torch.cat([getattr(out, name) for out in outs], dim=1)
+                              for name in ('logits', 'depth', 'gates')})
 
 
-@pytest.mark.parametrize('kw', [{}, dict(n_iter=1), dict(halting=False), dict(scale_embeds=False, rotary_pct=0.25, n_iter=3), dict(feedback='hidden'), dict(objective='saving', tau=0.3),
-                                dict(ponder_norm=True), dict(ponder_norm=True, feedback='hidden', objective='saving', tau=0.3), dict(ponder_norm=True, halting=False)])
+PAPER, SAVING = dict(objective='paper'), dict(objective='saving', tau=0.3)
+
+
+@pytest.mark.parametrize('kw', [
+    SAVING, PAPER, dict(n_iter=1), dict(halting=False), dict(scale_embeds=False, rotary_pct=0.25, n_iter=3),
+    dict(feedback='hidden'), dict(ponder_norm=True, **PAPER), dict(ponder_norm=True, feedback='hidden', **SAVING),
+    dict(ponder_norm=True, halting=False), dict(multiply_pondering_steps=True), dict(rotary_pct=0.0, gate_width=0.3),
+    dict(multiply_pondering_steps=True, halting=False, n_iter=3), dict(multiply_pondering_steps=True, n_iter=1)])
 def test_three_executions_equal_the_naive_reference(kw):
     m = tiny(**kw)
-    tokens = torch.randint(61, (2, 14), generator=torch.Generator().manual_seed(5))
-    dense, packed = m(tokens), m(tokens, execution='packed')
+    tokens = random_tokens(2, 14, seed=5)
+    outs = [m(tokens), m(tokens, execution='packed'), cached(m, tokens, 5)]
     for b in range(2):
-        logits, depth, gates = naive(m, tokens[b].tolist(), halting=m.cfg.halting)
-        if m.gates:
-            assert len(set(depth)) > 1  # the test means something only where some halt and some do not
-        for out in (dense, packed):
-            assert out.depth[b].tolist() == depth
+        logits, depth, gates, _ = naive(m, tokens[b].tolist())
+        assert len(set(depth)) > 1 or not m.gates  # the test means something only where some halt and some do not
+        for out in outs:
+            assert out.depth[b].tolist() == depth.tolist()
             assert np.abs(out.logits[b].detach().numpy() - logits).max() < 1e-10
-            for t in range(14):
-                want = (gates[t] + [0.0] * m.cfg.n_iter)[:m.cfg.n_iter - 1]
-                assert np.allclose(out.gates[b, t].numpy(), want, atol=1e-12)
-        got, d, g = cached(m, tokens[b].tolist(), 5)
-        assert d == depth[4:]
-        assert np.abs(got.numpy() - logits[4:]).max() < 1e-10
-        assert all(np.allclose(x, y, atol=1e-12) for x, y in zip(g, gates[4:]))
+            assert np.abs(out.gates[b].numpy() - gates).max(initial=0) < 1e-12
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('precision, bound', [('float64', 1e-10), ('float32', 1e-4), ('bfloat16', 0.3), ('autocast', 0.3)])
+@pytest.mark.parametrize('kw', [PAPER, dict(ponder_norm=True, **SAVING), dict(halting=False)])
+@torch.no_grad()
+def test_dense_packed_cached_agree_under_random_policies(kw, precision, bound, device):
+    torch.set_float32_matmul_precision('highest')  # no TF32
+    if precision == 'float32' and device == 'cuda':
+        bound = 1e-3  # sums in another order
+    autocast = precision == 'autocast'
+    m = tiny(torch.float32 if autocast else getattr(torch, precision), device=device, **kw)
+    tokens = random_tokens(3, 24, seed=1, device=device)
+    for rate in (None, 0.0, 0.3, 0.7, 1.0):
+        policy = None if rate is None else random_policy(rate)
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            outs = [m(tokens, policy=policy), m(tokens, execution='packed', policy=policy), cached(m, tokens, 7, policy=policy)]
+        if rate is None:
+            if bound > 0.1 and m.gates:
+                continue  # rounding decides at the threshold
+        else:  # independent of the model: a token's depth is 1 + the number of times it went on before it first did not
+            on = random_policy(rate)(torch.arange(3)[:, None, None], None, None, torch.arange(3)[:, None], torch.arange(24))
+            assert torch.equal(outs[0].depth.cpu(), 1 + on.int().cumprod(0).sum(0))
+        for out in outs[1:]:
+            assert torch.equal(outs[0].depth, out.depth)
+            assert (outs[0].logits - out.logits).abs().max() < bound
+
+
+@torch.no_grad()
+def test_arguments_of_the_halting_decision():
+    """tau, max_iter and halting=False do what the policies do that say the same."""
+    m = tiny(**SAVING)
+    x = random_tokens(2, 20, seed=2)
+    for kw, policy in [(dict(tau=0.5), lambda i, s, h, row, pos: s >= 0.5),
+                       (dict(max_iter=2), lambda i, s, h, row, pos: (s >= 0.3) & (i < 1)),
+                       (dict(max_iter=1), lambda i, s, h, row, pos: s < 0)]:
+        want = m(x, policy=policy)
+        for out in (m(x, **kw), m(x, execution='packed', **kw), cached(m, x, 4, **kw)):
+            assert torch.equal(out.depth, want.depth) and (out.logits - want.logits).abs().max() < 1e-12
+    assert len(want.depth.unique()) == 1 and len(m(x, tau=0.5).depth.unique()) > 1
+    fixed = AdaPonderLM(AdaPonderConfig(**{**asdict(m.cfg), 'halting': False})).double()
+    fixed.load_state_dict(m.state_dict(), strict=False)
+    assert torch.equal(m(x, halting=False).logits, fixed(x).logits)
+    seen = []
+    m(x[:, :7], policy=lambda i, s, h, row, pos: seen.append((i, s.shape, h.shape, row.tolist(), pos.tolist())) or row == 1)
+    assert seen[0] == (0, (14,), (14, 32), [0] * 7 + [1] * 7, [*range(7)] * 2)
+    assert seen[2] == (2, (7,), (7, 32), [1] * 7, [*range(7)])  # a policy sees the tokens that run, and no others
+
+
+@pytest.mark.parametrize('kw', [PAPER, SAVING])
+def test_all_tokens_may_halt_at_once(kw):
+    m = AdaPonderLM(AdaPonderConfig(vocab_size=50304, block_size=16, n_layer=1, n_head=2, n_embd=16, **kw))
+    x = random_tokens(2, 5, vocab=50304)
+    for execution, grad in itertools.product(('dense', 'packed'), (True, False)):
+        with torch.set_grad_enabled(grad):
+            out = m(x, x, execution=execution, tau=0.999, k=0.5)
+        assert (out.depth == 1).all() and torch.isfinite(out.loss)
+        if grad:
+            out.loss.backward()
+    assert (cached(m, x, 2, tau=0.999).depth == 1).all() and m.generate(x, 3, tau=0.999).shape == (2, 8)
+
+
+@torch.no_grad()
+def test_masks_are_monotone_and_a_halted_token_is_frozen():
+    m = tiny()
+    x = random_tokens(2, 24, seed=6)
+    before = m(x)
+    assert {1, 4} <= set(before.depth.flatten().tolist())
+    for i in range(3):  # gates are evaluated exactly up to the halt
+        assert torch.equal(before.gates[..., i] > 0, before.depth > i)
+    for p in m.gates[2].parameters():  # whatever the last gate says cannot reach a token that had halted before
+        p.normal_(std=3)
+    after, gone = m(x), before.depth <= 2
+    assert not torch.equal(before.depth, after.depth) and torch.equal(gone, after.depth <= 2)
+    assert torch.equal(before.logits[gone], after.logits[gone])
+    last = before.depth[1].tolist().index(2)  # and no token sees a later one, halted or not
+    assert (m(x[1:, :last + 1]).logits[0, last] - after.logits[1, last]).abs().max() < 1e-12
+
+
+def test_initialisation():
+    """PonderLM's, and gates that start open and equal for all tokens; the backbone is the same with gates and without."""
+    cfg = AdaPonderConfig(vocab_size=3000, block_size=8, n_layer=3, n_head=4, n_embd=128, gate_bias=2.5)
+    torch.manual_seed(3)
+    m = AdaPonderLM(cfg)
+    torch.manual_seed(3)
+    plain = AdaPonderLM(AdaPonderConfig(**{**asdict(cfg), 'halting': False}))
+    assert all(torch.equal(p, m.state_dict()[name]) for name, p in plain.state_dict().items())
+    std = math.sqrt(2 / (5 * 128))
+    for name, p in plain.named_parameters():
+        if p.dim() == 1:
+            assert (p == (1.0 if 'ln' in name and 'weight' in name else 0.0)).all(), name
+        else:  # a normal distribution cut at 3 sigma has 0.987 of sigma
+            want = std / math.sqrt(2 * 3 * 4) if name.endswith('proj.weight') else std
+            assert abs(p.std().item() / (0.9866 * want) - 1) < 0.03 and 2.9 < p.abs().max() / want <= 3.0001, name
+    out = m(random_tokens(2, 8))
+    assert (out.gates - 1 / (1 + math.exp(-2.5))).abs().max() < 1e-6 and (out.depth == 4).all()
 
 
 @torch.no_grad()
@@ -181,187 +294,223 @@ def test_ponder_norm_begins_as_the_paper_and_is_a_second_layernorm():
     plain = AdaPonderLM(AdaPonderConfig(61, 32, 2, 2, 16, n_iter=3, halting=False)).double()
     m = AdaPonderLM(AdaPonderConfig(61, 32, 2, 2, 16, n_iter=3, halting=False, ponder_norm=True)).double()
     m.load_state_dict(plain.state_dict(), strict=False)
-    x = torch.randint(61, (2, 20))
+    x = random_tokens(2, 20)
     assert torch.equal(m(x).logits, plain(x).logits)
     for p in (*m.ln_f.parameters(), *m.ln_ponder.parameters()):
         p.normal_(1, 0.3)
     z = torch.randn(7, 16, dtype=torch.float64)
-    second = torch.nn.functional.layer_norm(z, (16,), m.ln_f.weight * m.ln_ponder.weight, m.ln_f.bias * m.ln_ponder.weight + m.ln_ponder.bias)
+    weight, bias = m.ln_f.weight * m.ln_ponder.weight, m.ln_f.bias * m.ln_ponder.weight + m.ln_ponder.bias
+    second = torch.nn.functional.layer_norm(z, (16,), weight, bias)
     assert (m.ln_ponder(m.ln_f(z)) - second).abs().max() < 1e-12
-    assert not list(AdaPonderLM(AdaPonderConfig(61, 32, 2, 2, 16, n_iter=1, ponder_norm=True)).ln_ponder.parameters())  # one pass hands on nothing
+    one = AdaPonderLM(AdaPonderConfig(61, 32, 2, 2, 16, n_iter=1, ponder_norm=True))
+    assert not list(one.ln_ponder.parameters())  # one iteration hands on nothing
 
 
-def coin(rate, seed=0):
-    """A random halting policy that depends on (iteration, row, position) alone, so that every execution meets the same one."""
-    def policy(i, s, h, row, pos):
-        x = (row * 7919 + pos * 104729 + i * 1299709 + seed * 15485863) % 1009
-        return x >= rate * 1009
-    return policy
+# losses and gradients
+
+def gradients(m, loss):
+    m.zero_grad()
+    loss.backward()
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in m.parameters()]
 
 
-@pytest.mark.parametrize('dtype, bound', [(torch.float64, 1e-10), (torch.float32, 1e-4)])
-@pytest.mark.parametrize('ponder_norm', [False, True])
-def test_dense_packed_cached_agree_under_random_policies(dtype, bound, ponder_norm):
-    m = tiny(dtype, ponder_norm=ponder_norm)
-    tokens = torch.randint(61, (3, 24), generator=torch.Generator().manual_seed(1))
-    for rate in (0.0, 0.3, 0.7, 1.0):
-        a, b = m(tokens, policy=coin(rate)), m(tokens, execution='packed', policy=coin(rate))
-        assert torch.equal(a.depth, b.depth)
-        assert (a.logits - b.logits).abs().max() < bound
-        got, depth, _ = cached(m, tokens[0].tolist(), 7, policy=coin(rate))
-        assert depth == a.depth[0, 6:].tolist()
-        assert (got - a.logits[0, 6:]).abs().max() < bound
-        # independent of the model: a token's depth is 1 + the number of coins before the first tail
-        i = torch.arange(3)[:, None, None]
-        on = coin(rate)(i, None, None, torch.arange(3)[:, None], torch.arange(24))
-        assert torch.equal(a.depth, 1 + on.int().cumprod(0).sum(0))
+def distance_of(a, b):
+    return max((x - y).abs().max().item() for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize('ponder_norm', [False, True])
-def test_packed_has_the_gradients_of_dense(ponder_norm):
-    m = tiny(ponder_norm=ponder_norm)
-    x, y = torch.randint(61, (2, 2, 20), generator=torch.Generator().manual_seed(2))
-    grads = []
-    for execution in ('dense', 'packed'):
-        m.zero_grad()
-        m(x, y, execution=execution, k=0.9, ponder_lambda=0.5).loss.backward()
-        grads.append([p.grad.clone() for p in m.parameters()])
-    assert max((a - b).abs().max() for a, b in zip(*grads)) < 1e-10
+LOSSES = [dict(objective='paper'), dict(objective='paper', ponder_norm=True, early_ce=0.2), dict(feedback='hidden', **SAVING),
+          dict(ponder_norm=True, early_ce=0.2, **SAVING)]
 
 
-@pytest.mark.parametrize('objective', ['live', 'paper'])
-def test_gradients_reach_every_gate_and_are_right(objective):
-    m = tiny(open_gates=True, objective=objective)
-    x, y = torch.randint(61, (2, 2, 12), generator=torch.Generator().manual_seed(3))
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('kw', LOSSES)
+def test_execution_remat_and_chunks_change_no_gradient(kw, device):
+    m = tiny(device=device, **kw)
+    x, y = random_tokens(2, 2, 24, seed=7, device=device)
+    y[1, :5] = -100
+
+    def grads(execution='dense'):
+        out = m(x, y, execution=execution, k=0.9, ponder_lambda=0.5)
+        assert {1, 4} <= set(out.depth.flatten().tolist())
+        return gradients(m, out.loss)
+    want = grads()
+    assert distance_of(want, grads('packed')) < 1e-10
+    m.remat = True
+    assert distance_of(want, grads()) < 1e-10 and distance_of(want, grads('packed')) < 1e-10
+    m.chunks = lambda h: 5  # a few tokens at a time through the vocabulary
+    assert distance_of(want, grads()) < 1e-10 and distance_of(want, grads('packed')) < 1e-10
+
+
+@pytest.mark.parametrize('objective, ponder_lambda, early_ce', [('paper', 0.5, 0.0), ('paper', 0.5, 0.3), ('saving', 0.0, 0.3)])
+def test_gradients_are_finite_differences(objective, ponder_lambda, early_ce):
+    m = tiny(open_gates=True, objective=objective, early_ce=early_ce)
+    x, y = random_tokens(2, 2, 12, seed=3)
 
     def loss():
-        return m(x, y, k=0.37, ponder_lambda=0.5).loss
-    loss().backward()
-    for gate in m.gates:
-        for p in gate.parameters():
-            assert p.grad.abs().max() > 0
-    g = torch.Generator().manual_seed(0)  # and against finite differences, in a random direction
-    v = [torch.randn(p.shape, generator=g, dtype=p.dtype) for p in m.parameters()]
-    slope = sum((p.grad * d).sum() for p, d in zip(m.parameters(), v))
+        return m(x, y, k=0.37, ponder_lambda=ponder_lambda).loss
+    grads = gradients(m, loss())
+    if objective == 'paper':
+        assert all(p.grad.abs().max() > 0 for p in m.gates.parameters())
+    g = torch.Generator().manual_seed(0)  # in a random direction
+    direction = [torch.randn(p.shape, generator=g, dtype=p.dtype) for p in m.parameters()]
+    slope = sum((grad * d).sum() for grad, d in zip(grads, direction))
+    ends = []
     with torch.no_grad():
-        ends = []
         for eps in (1e-7, -2e-7):  # small: the k smallest values may not change between the ends
-            for p, d in zip(m.parameters(), v):
+            for p, d in zip(m.parameters(), direction):
                 p += eps * d
             ends.append(loss())
     assert abs((ends[0] - ends[1]) / 2e-7 - slope) < 1e-5 * abs(slope)
 
 
 @torch.no_grad()
-def test_ponder_loss_is_the_mean_of_the_smallest():
-    m = tiny()
-    x = torch.randint(61, (2, 16), generator=torch.Generator().manual_seed(4))
-    policy = coin(0.3)
-    for k in (0.9, 0.605):
-        values = []
-        for b in range(2):
-            _, depth, gates = naive(m, x[b].tolist(), policy=lambda i, t: policy(i, None, None, b, t))
-            values += [gates[t][i] if depth[t] > i + 1 else 0.0 for t in range(16) for i in range(3)]  # halted: paid
-        n = k * len(values)
-        want = sum(sorted(values)[:int(n)]) + sorted(values)[int(n)] * (n - int(n))
-        assert want > 0 and 0.0 in values
-        assert abs(float(m(x, x, k=k, policy=policy).ponder_loss) - want / n) < 1e-12
-        assert abs(float(m(x, x, k=k, policy=policy, execution='packed').ponder_loss) - want / n) < 1e-12
-    m.cfg.objective = 'paper'  # where nobody halts its pool is every value; where some do, halted tokens' gates go on counting
-    values = sorted(m(x, policy=coin(0)).gates.flatten().tolist())
-    assert abs(float(m(x, x, k=0.5, policy=coin(0)).ponder_loss) - sum(values[:48]) / 48) < 1e-12
-    assert float(m(x, x, k=0.5, policy=policy).ponder_loss) > 0
-    with torch.enable_grad(), pytest.raises(ValueError, match='needs the gates of halted tokens'):
-        m(x, x, k=0.5, execution='packed')
+@pytest.mark.parametrize('k', [0.9, 0.605, 0.1])
+def test_paper_loss_is_the_mean_of_the_smallest(k):
+    """Of all gate values: a halted token's later gates count with the state it halted with."""
+    m = tiny(**PAPER)
+    x = random_tokens(2, 16, seed=4)
+    for rate in (0.0, 0.3, 1.0):
+        policy = random_policy(rate)
+        pool = np.concatenate([naive(m, x[b].tolist(), lambda i, t: policy(i, None, None, b, t))[3].flatten() for b in range(2)])
+        n = k * len(pool)
+        smallest = np.sort(pool)
+        want = (smallest[:int(n)].sum() + smallest[int(n)] * (n - int(n))) / n
+        for execution in ('dense', 'packed'):
+            out = m(x, x, k=k, policy=policy, execution=execution, ponder_lambda=0.7)
+            assert abs(float(out.ponder_loss) - want) < 1e-12 and abs(float(out.loss - out.ce_loss) - 0.7 * want) < 1e-12
+    assert float(m(x, x, k=0.0).ponder_loss) == 0 and float(m(x, x, k=k, halting=False).ponder_loss) == 0
 
 
-@pytest.mark.parametrize('chunk', [2 ** 24, 400])  # few logits, and the vocabulary in blocks
 @pytest.mark.parametrize('execution', ['dense', 'packed'])
 @pytest.mark.parametrize('feedback, ponder_norm', [('embedding', False), ('hidden', False), ('embedding', True)])
-def test_saving_loss_is_what_going_on_saved(feedback, ponder_norm, execution, chunk):
-    """Against one token after another: what it would have lost after each iteration, less what it lost, for each pass between."""
-    m = tiny(objective='saving', tau=0.3, feedback=feedback, ponder_norm=ponder_norm)
-    m.CHUNK = chunk
-    g = torch.Generator().manual_seed(5)
-    x, y = torch.randint(61, (2, 2, 20), generator=g)
-    y[0, 3] = -1
-    explore = torch.rand(2, 20, generator=g) < 0.2
-    out = m(x, y, execution=execution, explore=explore, ponder_lambda=0.7)
-    assert (out.depth[explore] == 4).all() and {1, 2, 4} <= set(out.depth[~explore].tolist())
+def test_saving_loss_is_what_going_on_saved(feedback, ponder_norm, execution):
+    """Token by token: (what it would have lost after an iteration - what it lost) / iterations that it made since."""
+    m = tiny(feedback=feedback, ponder_norm=ponder_norm, **SAVING)
+    if execution == 'packed':
+        m.chunks = lambda h: 3
+    x, y = random_tokens(2, 2, 20, seed=5)
+    y[0, 3], y[1, 7] = -1, -100
+    forced = torch.rand(2, 20, generator=torch.Generator().manual_seed(5)) < 0.2
+    out = m(x, y, execution=execution, policy=lambda i, s, h, row, pos: (s >= 0.3) | forced[row, pos], ponder_lambda=0.7)
     depth = out.depth
+    assert (depth[forced] == 4).all() and {1, 2, 4} <= set(depth[~forced].tolist())
+
+    def nll_if_halted(b, t, i):
+        """Of token (b, t), had it halted after iteration i, and all else as it was."""
+        def policy(j, s, h, row, pos):
+            return (depth[row, pos] > j + 1) & ~((row == b) & (pos == t) & (j == i))
+        with torch.no_grad():
+            return m(x, y, policy=policy).nll[b, t]
     want = 0
     for i in range(3):
-        stopped = [m(x, y, policy=lambda j, s, h, row, pos: (depth[row, pos] > j + 1) & ~((row == b) & (pos == t) & (j == i))).nll[b, t].item()
-                   for b in range(2) for t in range(20) if depth[b, t] > i + 1 and y[b, t] != -1]
-        on = (depth > i + 1) & (y != -1)
-        saved = ((torch.tensor(stopped, dtype=torch.float64) - out.nll[on]) / (depth[on] - i - 1)).clamp(-1, 1)
-        s = out.gates[..., i][on].clamp(1e-7, 1 - 1e-7)
-        want += -(saved * s.log() + (1 - saved) * (1 - s).log()).mean()
-    assert abs(out.ponder_loss.item() - want.item()) < 1e-9 and abs(out.loss.item() - out.ce_loss.item() - 0.7 * want.item()) < 1e-9
+        terms = []
+        for b, t in ((depth > i + 1) & (y >= 0)).nonzero().tolist():
+            saved = ((nll_if_halted(b, t, i) - out.nll[b, t]) / (depth[b, t] - i - 1)).clamp(-1, 1)
+            s = out.gates[b, t, i].clamp(1e-7, 1 - 1e-7)
+            terms.append(-(saved * s.log() + (1 - saved) * (1 - s).log()))
+        want += torch.stack(terms).mean()
+    assert abs(out.ponder_loss - want) < 1e-9 and abs(out.loss - out.ce_loss - 0.7 * want) < 1e-9
     out.ponder_loss.backward()
-    assert all((p.grad is not None and p.grad.abs().max() > 0) == n.startswith('gates.') for n, p in m.named_parameters())
+    for name, p in m.named_parameters():  # the gates learn from it, and nothing else
+        assert (p.grad is not None and p.grad.abs().max() > 0) == name.startswith('gates.'), name
 
 
-def test_masks_are_monotone_and_a_halted_token_is_frozen():
-    m = tiny()
-    x = torch.randint(61, (2, 24), generator=torch.Generator().manual_seed(6))
-    before = m(x)
-    assert {1, 4} <= set(before.depth.flatten().tolist())
-    for i in range(3):  # gates are evaluated exactly up to the halt
-        assert torch.equal(before.gates[..., i] > 0, before.depth > i)
-    first = before.depth[0].tolist().index(1)
-    for p in m.gates[1].parameters():  # whatever later gates say cannot reach a token that halted, or earlier ones
-        p.data.normal_(std=3)
-    after = m(x)
-    assert torch.equal(before.depth == 1, after.depth == 1)
-    alone = m(x[:, :first + 1])
-    assert (alone.logits[0, first] - m(x).logits[0, first]).abs().max() < 1e-12
+@pytest.mark.parametrize('execution', ['dense', 'packed'])
+def test_early_ce_is_the_cross_entropy_after_each_iteration(execution):
+    m = tiny(early_ce=0.3, **SAVING)
+    x, y = random_tokens(2, 2, 20, seed=9)
+    y[0, 3], y[1, 7:9] = -1, -100
+
+    def nll(**kw):
+        logits = m(x, **kw).logits
+        return torch.nn.functional.cross_entropy(logits.transpose(1, 2), y.clamp(min=0), reduction='none') * (y >= 0)
+    out = m(x, y, execution=execution, ponder_lambda=0.0)
+    assert (out.nll - nll()).abs().max() < 1e-12 and len(out.depth.unique()) > 2
+    want = nll().sum() / 37
+    for i in range(3):  # stopped after this iteration: of the tokens that ran it
+        want = want + 0.3 * (nll(max_iter=i + 1) * (out.depth > i)).sum() / 37
+    assert abs(out.loss - want) < 1e-12
+    assert distance_of(gradients(m, out.loss), gradients(m, want)) < 1e-10
 
 
-@pytest.mark.parametrize('kw', [dict(open_gates=True, seed=2), {}, dict(objective='saving', tau=0.3)])
-def test_remat_and_chunks_change_no_gradient(kw):
+@pytest.mark.parametrize('execution', ['dense', 'packed'])
+@pytest.mark.parametrize('kw', LOSSES)
+def test_negative_targets_are_ignored(kw, execution):
     m = tiny(**kw)
-    x = torch.randint(61, (2, 24), generator=torch.Generator().manual_seed(7))
-    assert {1, 4} <= set(m(x).depth.flatten().tolist())
+    x, y = random_tokens(2, 2, 12, seed=10)
+    y[:, 8:] = -100  # the last ones, so that the same tokens are seen without them
+    y[0, 8] = -1
+    out = m(x, y, execution=execution, k=0.0)
+    short = m(x[:, :8], y[:, :8], execution=execution, k=0.0)
+    assert (out.nll[:, 8:] == 0).all() and abs(out.loss - short.loss) < 1e-12
+    assert distance_of(gradients(m, out.loss), gradients(m, short.loss)) < 1e-10
+    none = m(x, torch.full_like(y, -100), execution=execution)
+    assert none.ce_loss == 0 and all(torch.isfinite(g).all() for g in gradients(m, none.loss))
 
-    def grads():
-        m.zero_grad()
-        m(x, x, k=0.5, ponder_lambda=0.3).loss.backward()
-        return [p.grad.clone() for p in m.parameters()]
-    plain = grads()
-    m.remat, m.CHUNK = True, 61 * 10  # cross entropy of ten tokens at a time; the pondering embedding goes through the vocabulary in blocks
-    assert max((a - b).abs().max() for a, b in zip(plain, grads())) < 1e-12
+
+# products with the vocabulary
+
+def spread(N, U, seed):
+    """States (N, d): one that is sure of its token, one that is sure of the last one, and others that are not sure."""
+    h = torch.randn(N, U.size(1), generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(U)
+    h[0] *= 200
+    h[1] = 300 * U[-1]
+    return h
 
 
-@pytest.mark.parametrize('block', [7, 20, 61, 100])
-def test_expected_row_and_cross_entropy_are_the_plain_formulas(block):
-    g = torch.Generator().manual_seed(12)
-    h, U, V = (torch.randn(n, 16, generator=g, dtype=torch.float64).requires_grad_() for n in (30, 61, 61))
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('ponder_norm', [False, True])
+@pytest.mark.parametrize('vocab, N, chunks, way', [
+    (61, 30, 1, ''), (61, 30, 4, 'attention'), (64, 70, 70, 'attention'), (40000, 70, None, 'recomputed')])
+def test_pondering_embedding_and_its_gradients(vocab, N, chunks, way, ponder_norm, device, monkeypatch):
+    m = tiny(n_layer=1, n_embd=16, vocab_size=vocab, ponder_norm=ponder_norm, halting=False, device=device)
+    if chunks:
+        m.chunks = lambda h: chunks
+    ways = []
+    attention, checkpoint = model_py.F.scaled_dot_product_attention, model_py.checkpoint
+    monkeypatch.setattr(model_py.F, 'scaled_dot_product_attention', lambda *a, **kw: ways.append('attention') or attention(*a, **kw))
+    monkeypatch.setattr(model_py, 'checkpoint', lambda *a, **kw: ways.append('recomputed') or checkpoint(*a, **kw))
+    h = spread(N, m.unembed.weight.detach(), 12).requires_grad_()
+    g = torch.randn(N, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(device)
+    message = h * m.ln_ponder.weight + m.ln_ponder.bias if ponder_norm else h
+    plain = (message @ m.unembed.weight.t()).softmax(-1) @ m.embed.weight * 4
+    inputs = [h, m.unembed.weight, m.embed.weight, *m.ln_ponder.parameters()]
+    want = torch.autograd.grad((plain * g).sum(), inputs)
+    ours = m.ponder(h)
+    assert ''.join(sorted(set(ways))) == way or device != 'cpu'
+    assert (ours - plain).abs().max() < 1e-10 and distance_of(want, torch.autograd.grad((ours * g).sum(), inputs)) < 1e-9
     with torch.no_grad():
-        h[0] *= 200  # one token is sure, another has all its mass in the last block
-        h[1] = 300 * U[60]
-    w, targets = torch.randn(30, 16, generator=g, dtype=torch.float64), torch.randint(-1, 61, (30,), generator=g)
-    plain = [(h @ U.t()).softmax(-1) @ V, torch.nn.functional.cross_entropy(h @ U.t(), targets, ignore_index=-1, reduction='sum')]
-    ours = [model_py.ExpectedRow.apply(h, U, V, block), model_py.CrossEntropy.apply(h, U, targets, block)[0]]
-    for want, got in zip(plain, ours):
-        assert (want - got).abs().max() < 1e-10
-        grads = [torch.autograd.grad((x * w).sum() if x.dim() else 3 * x, (h, U, V), allow_unused=True) for x in (want, got)]
-        for a, b in zip(*grads):
-            assert (a is None) == (b is None) and (a is None or (a - b).abs().max() < 1e-9)
-    with torch.autocast('cpu', torch.bfloat16):
-        rough = model_py.ExpectedRow.apply(h.float() / 4, U.float(), V.float(), block)
-    assert (rough - (h @ U.t() / 4).softmax(-1) @ V).abs().mean() < 0.02 and rough.dtype == torch.float32
+        for n in (1, 2, 64, N):  # those of a decoding step on a CPU go in parts
+            assert (m.ponder(h[:n]) - plain[:n]).abs().max() < 1e-10
+            assert (m.head(h[:n]) - h[:n] @ m.unembed.weight.t()).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('chunks', [1, 3, 30])
+@pytest.mark.parametrize('frozen', [False, True])
+def test_cross_entropy_and_its_gradients(chunks, frozen, device):
+    U = torch.randn(61, 16, generator=torch.Generator().manual_seed(13), dtype=torch.float64).to(device)
+    h = spread(30, U, 12).requires_grad_()
+    U.requires_grad_(not frozen)
+    targets = random_tokens(30, device=device)
+    targets[3], targets[4] = -1, -100
+    logits = h @ U.t()
+    plain = torch.nn.functional.cross_entropy(logits, targets.clamp(min=0), reduction='none') * (targets >= 0)
+    total, nll = model_py.CrossEntropy.apply(h, U, targets, chunks)
+    assert (nll - plain).abs().max() < 1e-10 and abs(total - plain.sum()) < 1e-9 and not nll.requires_grad
+    inputs = [h] if frozen else [h, U]
+    want = torch.autograd.grad(3 * plain.sum(), inputs)
+    assert distance_of(want, torch.autograd.grad(3 * total, inputs)) < 1e-9
+    for dtype, bound in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):  # bfloat16: in autocast, as in training
+        low = [x.detach().to(torch.float32).requires_grad_() for x in (h[2:], U)]
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            total, nll = model_py.CrossEntropy.apply(*low, targets[2:], chunks)
+        assert nll.dtype == torch.float32 and (nll - plain[2:]).abs().max() < bound * 3
+        grad = torch.autograd.grad(total, low)
+        assert (grad[0].double() - want[0][2:] / 3).abs().max() < bound * 10
 
 
 # generation
-
-def test_generate_is_the_same_on_every_execution():
-    m = tiny(torch.float64)
-    x = torch.randint(61, (2, 15), generator=torch.Generator().manual_seed(8))
-    for kw in (dict(temperature=0), dict(temperature=1.0, top_k=20, top_p=0.9), dict(temperature=0.7, max_iter=2), dict(tau=0.5), dict(policy=coin(0.5))):
-        outs = [m.generate(x, 36, execution=e, generator=torch.Generator().manual_seed(1), **kw) for e in ('cached', 'dense', 'packed')]
-        assert outs[0].shape == (2, 51) and torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])  # 51 tokens outgrow the 32 of the context
-
 
 @pytest.mark.parametrize('kw', [dict(temperature=0), dict(top_k=20, top_p=0.8), dict(policy=coin(0.5)), dict(max_iter=3),
                                 dict(tau=0.5, temperature=0.7)])
@@ -418,29 +567,59 @@ def test_engine_refuses_nonsense(kw, words):
 
 
 @torch.no_grad()
-def test_products_of_few_rows_are_the_plain_products():
-    """On a CPU those of a decoding step go other ways: with the weights on the left, in parts through a large vocabulary."""
-    m = tiny(torch.float64, vocab_size=8192, n_embd=16, n_layer=1, rotary_pct=1.0)
-    for n in (1, 2, 8, 9, 33, 64, 65):
-        h = torch.randn(n, 16, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
-        logits = h @ m.unembed.weight.t()
-        assert (m.decode_logits(h) - logits).abs().max() < 1e-12 and (m.unembed(h) - logits).abs().max() < 1e-12
-        assert (m.expect(logits) - logits.softmax(-1) @ m.embed.weight * 4).abs().max() < 1e-12
-        fc = m.blocks[0].mlp.fc
-        assert (fc(h) - (h @ fc.weight.t() + fc.bias)).abs().max() < 1e-12 and fc(h).is_contiguous()
-    x = torch.randint(8192, (12, 9), generator=torch.Generator().manual_seed(13))
-    text = m.generate(x, 6, temperature=0)  # 12 slots at once
+def generate_uncached(m, idx, n, generator, temperature=1.0, top_k=None, top_p=None, execution='dense', **kw):
+    """generate() without a cache: the whole context runs for each token."""
+    for _ in range(n):
+        context = idx[:, m.window(idx.size(1)):]
+        logits = m(context, execution=execution, **kw).logits[:, -1]
+        u = torch.rand(len(idx), generator=generator)
+        idx = torch.cat([idx, sample(logits, u, temperature, top_k, top_p)[:, None]], dim=1)
+    return idx
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('config', [dict(vocab_size=64, **PAPER), dict(ponder_norm=True, **SAVING), dict(halting=False)])
+@pytest.mark.parametrize('kw', [dict(temperature=0), dict(top_k=20, top_p=0.9), dict(temperature=0.7, max_iter=2),
+                                dict(tau=0.5), dict(policy=random_policy(0.5))])
+def test_generate_is_the_same_with_a_cache_and_without(kw, config, device):
+    m = tiny(device=device, **config)
+    x = random_tokens(2, 15, seed=8, device=device)
+    got = m.generate(x, 36, generator=torch.Generator().manual_seed(1), **kw)  # 51 tokens outgrow the context of 32
+    assert got.shape == (2, 51) and torch.equal(got[:, :15], x)
+    for execution in ('dense', 'packed'):
+        assert torch.equal(got, generate_uncached(m, x, 36, torch.Generator().manual_seed(1), execution=execution, **kw))
+
+
+@torch.no_grad()
+def test_generate_of_many_is_of_one_and_goes_past_the_context():
+    m = tiny(vocab_size=8192, n_embd=16, n_layer=1, rotary_pct=1.0)
+    x = random_tokens(12, 9, seed=13, vocab=8192)
+    text = m.generate(x, 6, temperature=0)
     assert torch.equal(text, torch.cat([m.generate(row[None], 6, temperature=0) for row in x]))
-    assert torch.equal(text, m.generate(x, 6, temperature=0, execution='dense'))
+    assert torch.equal(m.generate(x, 0), x)
+    for block_size in (1, 2, 7, 32):
+        m.cfg.block_size = block_size
+        starts = [m.window(n) for n in range(1, 200)]
+        for n, start in enumerate(starts, 1):  # the context is what fits, and at least half of it
+            assert start <= max(0, n - block_size // 2) and n - start <= block_size and (start == 0 or n > block_size)
+        assert starts == sorted(starts) and len(set(starts)) <= 1 + 200 / max(1, block_size // 2)  # it moves on seldom
 
 
 def test_sample_draws_from_the_right_distribution():
     logits = torch.tensor([[0.0, 1.0, 2.0, 3.0, -1.0]])
     u = (torch.arange(10000) + 0.5) / 10000
-    for kw, keep in ((dict(), range(5)), (dict(top_k=2), (2, 3)), (dict(top_p=0.7), (2, 3)), (dict(top_p=0.5), (3,)), (dict(temperature=2.0), range(5))):
+    for kw, allowed in [(dict(), range(5)), (dict(top_k=2), (2, 3)), (dict(top_p=0.7), (2, 3)), (dict(top_p=0.5), (3,)),
+                        (dict(temperature=2.0), range(5)), (dict(top_k=9, top_p=1.0), range(5)), (dict(top_k=1), (3,)),
+                        (dict(temperature=1e-3), (3,)), (dict(temperature=1e-300), (3,)), (dict(temperature=0), (3,))]:
         got = torch.bincount(sample(logits.expand(10000, -1), u, **kw), minlength=5) / 10000
-        p = (logits[0] / kw.get('temperature', 1.0)).exp() * torch.tensor([float(j in keep) for j in range(5)])
-        assert (got - p / p.sum()).abs().max() < 2e-4
+        p = torch.zeros(5)
+        for j in allowed:
+            p[j] = math.exp(min(0.0, (logits[0, j] - 3) / kw.get('temperature', 1.0))) if len(allowed) > 1 else 1.0
+        assert (got - p / p.sum()).abs().max() < 2e-4, kw
+    assert sample(torch.tensor([[-50.0, 900.0]]), torch.tensor([0.9999999])) == 1  # u near 1 is in the vocabulary
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ValueError, match='not finite'):
+            sample(torch.tensor([[0.0, bad]]), u[:1], temperature=0.5)
 
 
 # FLOPs
@@ -448,36 +627,127 @@ def test_sample_draws_from_the_right_distribution():
 def count_flops(fn):
     from torch.utils.flop_counter import sdpa_flop_count
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the counter does not know the CPU's kernel
-    with FlopCounterMode(display=False, custom_mapping={fused: lambda q, k, v, *a, out_shape=None, **kw: sdpa_flop_count(q, k, v)}) as counter, torch.no_grad():
+    mapping = {fused: lambda q, k, v, *a, out_shape=None, **kw: sdpa_flop_count(q, k, v)}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter, torch.no_grad():
         fn()
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize('shape', [dict(vocab_size=500, n_embd=64), dict(vocab_size=50304, n_embd=32, gate_width=0.25)])  # the second one goes through the vocabulary in blocks
-def test_flop_formula_equals_the_counter(shape):
-    m = tiny(torch.float32, block_size=128, **shape).requires_grad_(False)
-    x = torch.randint(61, (1, 128), generator=torch.Generator().manual_seed(10))
-    for rate in (0.0, 0.5):
-        out = []
-        got = count_flops(lambda: out.append(m(x, x, execution='packed', policy=coin(rate))))
-        # packed attention takes the queries in runs of up to 128: here one run a layer, and the counter counts its masked keys too
-        want = sum(float(m.cfg.inference_flops(out[0].depth[0, t], 128)) for t in range(128))
-        assert abs(got / want - 1) < 0.01
-    plain = AdaPonderLM(AdaPonderConfig(**{**asdict(m.cfg), 'n_iter': 1})).requires_grad_(False)
-    assert abs(count_flops(lambda: plain(x, x)) / float(128 * plain.cfg.inference_flops(1, 128)) - 1) < 0.01
+@pytest.mark.parametrize('rate', [0.0, 0.5])
+@pytest.mark.parametrize('kw', [dict(vocab_size=500, n_embd=64), dict(vocab_size=50304, gate_width=0.25),
+                                dict(halting=False), dict(feedback='hidden', n_iter=3), dict(n_iter=1)])
+def test_flop_formula_equals_the_counter(kw, rate):
+    m = tiny(torch.float32, block_size=128, **kw)
+    x = random_tokens(1, 128, seed=10)
+    out = []
+    got = count_flops(lambda: out.append(m(x, x, execution='packed', policy=random_policy(rate) if rate else None, tau=0.0)))
+    # packed attention computes the queries of the whole sequence, so it is counted apart: 4 T^2 d a layer and iteration
+    want = int(out[0].depth.max()) * m.cfg.n_layer * 4 * 128 * 128 * m.cfg.n_embd
+    want += sum(m.cfg.inference_flops(depth, 0) for depth in out[0].depth[0].tolist())
+    gate = m.cfg.flops(0)['gate']
+    if rate and not m.gates:
+        assert gate == 0
+    assert abs(got / want - 1) < 1e-6 and (len(out[0].depth.unique()) > 1) == (rate > 0 and m.cfg.n_iter > 1)
 
 
-def test_flop_formula_equals_the_counter_in_decoding(monkeypatch):
-    monkeypatch.setattr(model_py, 'few', lambda x, most: False)  # where it is true one row is computed as two: faster, and not counted
-    m = tiny(torch.float32, block_size=128).requires_grad_(False)
-    x = torch.randint(61, (90,), generator=torch.Generator().manual_seed(11)).tolist()
-    steps = []
+@pytest.mark.parametrize('vocab_size', [61, 1024])  # the second one in parts
+@torch.no_grad()
+def test_flop_formula_equals_the_counter_in_decoding(vocab_size):
+    m = tiny(torch.float32, block_size=128, vocab_size=vocab_size)
+    x = random_tokens(1, 110, seed=11)
+    cache, depths = m.new_cache(1, 110), []
+    m.prefill(x[:, :90], cache)
 
-    def decode(n):
-        return count_flops(lambda: steps.append(list(m.stream([x], n, temperature=0, policy=coin(0.4)))))
-    got = decode(21) - decode(1)  # without the prefill
-    want = sum(float(m.cfg.inference_flops(s.depth, 91 + t)) for t, s in enumerate(steps[0][1:]))
-    assert len({s.depth for s in steps[0]}) > 1 and abs(got / want - 1) < 0.01
+    def decode(t, **kw):
+        out = m.decode(x[:, t:t + 1], cache, t, **kw)
+        m.head(out.hidden[:, -1])
+        depths.append(int(out.depth))
+    for t in range(90, 110):
+        got = count_flops(lambda: decode(t, policy=random_policy(0.4)))
+        assert got == m.cfg.inference_flops(depths[-1], t + 1)
+    assert len(set(depths)) > 2
+    got = count_flops(lambda: decode(109, max_iter=2, tau=0.0))
+    assert got == m.cfg.inference_flops(2, 110, max_iter=2) < m.cfg.inference_flops(2, 110)
+
+
+# the schedule of training with gates
+
+def test_hash_uniform_is_uniform_and_uncorrelated():
+    row, pos = torch.meshgrid(torch.arange(256), torch.arange(256), indexing='ij')
+    u = model_py.hash_uniform(row, pos)
+    n = u.numel()
+    assert 0 <= u.min() and u.max() < 1
+    assert (u.flatten().sort().values - torch.arange(n) / n).abs().max() < 2.5 / math.sqrt(n)  # Kolmogorov and Smirnov
+    assert u[3, 5] == model_py.hash_uniform(torch.tensor(3), torch.tensor(5))
+    others = [u[:, 1:], u[1:], model_py.hash_uniform(row, pos, 1), model_py.hash_uniform(row, pos, -7), u.t()]
+    for other in others:
+        a = u[:other.size(0), :other.size(1)]
+        off = a != other  # the transposed one has the same diagonal
+        assert abs(torch.corrcoef(torch.stack([a[off], other[off]]))[0, 1]) < 5 / math.sqrt(n)
+    for a in (row, pos):  # nor does it drift
+        assert abs(torch.corrcoef(torch.stack([u.flatten(), a.flatten().float()]))[0, 1]) < 5 / math.sqrt(n)
+
+
+def schedule_of(objective='saving', max_steps=1000, start=100, full=300, k_max=0.2, **kw):
+    cfg = AdaPonderConfig(61, 64, 1, 2, 16, objective=objective, **kw.pop('cfg', {}))
+    return model_py.HaltingSchedule(cfg, max_steps, start, full, k_max, **kw)
+
+
+@pytest.mark.parametrize('gates_alone, step, k, share', [
+    (0, 0, 0.0, 1.0), (0, 100, 0.0, 1.0), (0, 200, 0.15, 0.55), (0, 250, 0.1875, 0.325), (0, 300, 0.2, 0.1),
+    (0, 650, 0.2, 0.05), (0, 1000, 0.2, 0.0), (100, 200, 0.0, 1.0), (100, 250, 0.15, 0.55), (100, 300, 0.2, 0.1)])
+def test_schedule_of_savings(gates_alone, step, k, share):
+    """k rises as r (2 - r); the share of tokens forced to run all iterations falls from 1 to `explore`, then to 0."""
+    schedule = schedule_of(gates_alone=gates_alone, explore=0.1)
+    assert abs(schedule.k(step) - k) < 1e-12
+    row, pos = (x.flatten() for x in torch.meshgrid(torch.arange(200), torch.arange(500), indexing='ij'))
+    forced = schedule.forced(step, row, pos)
+    assert abs(forced.float().mean() - share) < 0.008
+    policy = schedule.at(step)['policy']
+    s = torch.rand(len(row), generator=torch.Generator().manual_seed(0))
+    schedule.cfg.tau = 0.4
+    assert torch.equal(policy(1, s, None, row, pos), (s >= 0.4) | forced)
+    if 0.2 < share < 0.8:  # others in another step, micro-batch and run
+        for other in (schedule.forced(step + 1, row, pos), schedule.forced(step, row, pos, 1),
+                      schedule_of(gates_alone=gates_alone, seed=1).forced(step, row, pos)):
+            assert abs((other & forced).float().mean() - share ** 2) < 0.01
+
+
+def test_schedule_moves_tau_to_the_share_that_shall_halt():
+    schedule = schedule_of(explore=0.5)
+    depth = torch.randint(1, 5, (4, 50), generator=torch.Generator().manual_seed(1))
+    row, pos = torch.meshgrid(torch.arange(4), torch.arange(50), indexing='ij')
+    for step, micro in ((300, 0), (500, 2)):
+        free = [(b, t) for b in range(4) for t in range(50) if not schedule.forced(step, row, pos, micro)[b, t]]
+        want = sum(4 - int(depth[b, t]) for b, t in free) / (3 * len(free))
+        assert 50 < len(free) < 180 and abs(float(schedule.halted(step, depth, micro)) - want) < 1e-6
+    schedule.cfg.tau = 0.01
+    schedule.update(99, depth)
+    assert schedule.cfg.tau == 0.01  # gates do not act yet
+    schedule.update(300, depth)
+    want = 0.01 * math.exp(0.2 - float(schedule.halted(300, depth)))
+    assert abs(schedule.cfg.tau - want) < 1e-9 and want < 0.01
+    schedule.update(300, halted=0.05)
+    assert abs(schedule.cfg.tau - want * math.exp(0.15)) < 1e-9
+    for halted, limit in ((-99.0, 0.999), (99.0, 1e-6)):
+        schedule.update(300, halted=halted)
+        assert schedule.cfg.tau == limit
+    assert schedule.halted(0, depth) == 0  # all are forced, none is free
+
+
+def test_schedule_of_the_paper_and_of_networks_without_gates():
+    schedule = schedule_of('paper', gates_alone=50, ponder_lambda=0.3)
+    for step, halting, k in ((0, False, 0.0), (99, False, 0.0), (100, True, 0.0), (150, True, 0.05), (300, True, 0.2), (999, True, 0.2)):
+        at = schedule.at(step)
+        assert not schedule.forced(step, *torch.ones(2, 9, dtype=torch.long)).any()
+        assert at.keys() == {'halting', 'k', 'ponder_lambda'} and at['halting'] == halting and at['ponder_lambda'] == 0.3
+        assert abs(at['k'] - k) < 1e-12
+    schedule.update(500, halted=0.9)
+    assert schedule.cfg.tau == 1e-4  # only savings move it
+    default = model_py.HaltingSchedule(schedule.cfg, 400)
+    assert (default.start, default.full) == (40, 100)
+    for kw in (dict(halting=False), dict(n_iter=1)):
+        assert schedule_of(cfg=kw).at(500) == {}
 
 
 # sample.py
@@ -2309,28 +2579,48 @@ def test_model_and_training_have_the_same_defaults():
 # nonsense is refused with a sentence
 
 @pytest.mark.parametrize('kw, words', [
-    (dict(n_embd=30), 'divisible by n_head'), (dict(n_iter=0), 'n_iter must be at least 1'), (dict(tau=1.0), r'tau must be in \[0, 1\)'), (dict(tau=-0.1), 'tau'),
-    (dict(vocab_size=0), 'vocab_size must be at least 1'), (dict(n_embd='32'), 'must be of type int'), (dict(rotary_pct=0.4), 'rotary_pct'), (dict(objective='x'), 'objective'),
-    (dict(feedback='x'), 'feedback'), (dict(gate_width=0.01), 'gate_width 0.01 times n_embd 32'),
-    (dict(gate_width=math.inf), 'finite'), (dict(gate_width=math.nan), 'finite')])
+    (dict(n_embd=30), 'divisible by n_head'), (dict(n_iter=0), 'n_iter must be at least 1'), (dict(tau=1.0), 'tau must be in'),
+    (dict(tau=-0.1), 'tau'), (dict(tau=math.nan), 'tau'), (dict(vocab_size=0), 'vocab_size must be at least 1'),
+    (dict(vocab_size=2 ** 31), 'vocab_size'), (dict(n_embd='32'), 'must be of type int'), (dict(n_layer=True), 'must be of type int'),
+    (dict(rotary_pct=0.4), 'rotary_pct'), (dict(rotary_pct=-0.5), 'rotary_pct'), (dict(rotary_base=0.0), 'rotary_base'),
+    (dict(norm_eps=math.nan), 'norm_eps'), (dict(gate_bias=math.inf), 'gate_bias'), (dict(early_ce=-0.1), 'early_ce'),
+    (dict(early_ce=math.inf), 'early_ce'), (dict(objective='live'), 'objective'), (dict(feedback='x'), 'feedback'),
+    (dict(gate_width=0.01), 'gate_width'), (dict(gate_width=math.inf), 'finite'), (dict(gate_width=math.nan), 'finite')])
 def test_config_refuses_nonsense(kw, words):
     with pytest.raises(ValueError, match=words):
         AdaPonderConfig(**{**dict(n_embd=32, n_head=4, rotary_pct=0.5), **kw})
 
 
-def test_model_refuses_nonsense(tmp_path):
+@pytest.mark.parametrize('fn, words', [
+    (lambda m, x: m(x), 'block_size = 32'), (lambda m, x: m(x[:, :0]), 'a sequence of 0 tokens'),
+    (lambda m, x: m(x[:, :4], execution='fast'), 'execution must be'), (lambda m, x: m(x[:, :4], max_iter=5), 'max_iter must be'),
+    (lambda m, x: m.generate(x, 3, max_iter=0), 'max_iter must be'), (lambda m, x: m.generate(x[:, :0], 3), 'at least one token'),
+    (lambda m, x: m.generate(x + 61, 3), 'tokens from 0 to 60'), (lambda m, x: m.generate(x - 1, 3), 'tokens from 0 to 60'),
+    (lambda m, x: m.generate(x, 3, top_p=0.0), 'top_p'), (lambda m, x: m.generate(x, 3, top_p=math.nan), 'top_p'),
+    (lambda m, x: m.generate(x, 3, top_k=0), 'top_k'), (lambda m, x: m.generate(x, 3, temperature=-1.0), 'temperature'),
+    (lambda m, x: m.generate(x, 3, temperature=math.nan), 'temperature'),
+    (lambda m, x: m.unembed.weight.data.fill_(math.nan) is m.generate(x, 3), 'not finite')])
+def test_model_refuses_nonsense(fn, words):
+    with pytest.raises(ValueError, match=words):
+        fn(tiny(torch.float32), torch.zeros(1, 33, dtype=torch.long))
+
+
+def test_checkpoints_that_cannot_be_read_are_refused(tmp_path):
     m = tiny(torch.float32)
-    x = torch.zeros(1, 33, dtype=torch.long)
-    for fn, words in [(lambda: m(x), 'block_size = 32'), (lambda: m(x[:, :4], execution='fast'), 'execution must be'), (lambda: m(x[:, :4], max_iter=5), 'max_iter must be'),
-                      (lambda: m.generate(x[:, :0], 3), 'empty prompt'), (lambda: m.generate(x + 61, 3), 'outside the vocabulary'),
-                      (lambda: m.generate(x, 3, top_p=0.0), 'top_p'), (lambda: list(m.stream([[1], [2]], 3, generator=[torch.Generator()])), '1 generators for 2')]:
-        with pytest.raises(ValueError, match=words):
-            fn()
+    state = dict(adaponder=1, config=asdict(m.cfg), model=m.state_dict())
     (tmp_path / 'junk.pt').write_bytes(b'junk')
     torch.save({'model': {}}, tmp_path / 'other.pt')
-    for name, kind, words in [('none.pt', FileNotFoundError, 'no checkpoint'), ('junk.pt', ValueError, 'not a readable checkpoint'), ('other.pt', ValueError, 'another project')]:
+    torch.save({**state, 'config': {**state['config'], 'later': 1}}, tmp_path / 'later.pt')
+    torch.save({**state, 'config': {**state['config'], 'n_layer': 3}}, tmp_path / 'layers.pt')
+    torch.save({**state, 'config': {**state['config'], 'objective': 'live'}}, tmp_path / 'live.pt')
+    for name, kind, words in [('none.pt', FileNotFoundError, 'no checkpoint'), ('junk.pt', ValueError, 'not a readable checkpoint'),
+                              ('other.pt', ValueError, 'another project'), ('later.pt', ValueError, 'another version'),
+                              ('layers.pt', ValueError, 'another version'), ('live.pt', ValueError, 'objective')]:
         with pytest.raises(kind, match=words):
-            load_checkpoint(tmp_path / name)
+            AdaPonderLM.from_checkpoint(tmp_path / name)
+    torch.save(state, tmp_path / 'good.pt')
+    again = AdaPonderLM.from_checkpoint(tmp_path / 'good.pt')
+    assert again.cfg == m.cfg and torch.equal(again(random_tokens(1, 9)).logits, m(random_tokens(1, 9)).logits)
 
 
 # bench.py
@@ -2832,8 +3122,8 @@ def test_bench_refuses_nonsense(command, word, tmp_path, monkeypatch, capsys):
 
 
 def test_readme_quotes_code_that_stands_in_model_py():
-    text = (HERE / 'README.md').read_text().split('## The model in ten minutes')[1].split('\n## ')[0]
-    code = (HERE / 'model.py').read_text()
+    text = (HERE / 'README.md').read_text(encoding='utf-8').split('## The model in ten minutes')[1].split('\n## ')[0]
+    code = (HERE / 'model.py').read_text(encoding='utf-8')
     quoted = [line for block in re.findall(r'```python\n(.*?)```', text, re.S) for line in block.splitlines()]
     assert len(quoted) > 4 and [line for line in quoted if line + '\n' not in code] == []
     for name in re.findall(r'`(\w+)\(\)`', text):
@@ -2841,11 +3131,22 @@ def test_readme_quotes_code_that_stands_in_model_py():
 
 
 def test_model_py_works_when_copied_alone(tmp_path):
+    """It needs torch and the standard library, and the README's training loop makes tokens halt."""
+    top = [n for n in ast.parse((HERE / 'model.py').read_text(encoding='utf-8')).body]
+    names = [a.name for n in top if isinstance(n, ast.Import) for a in n.names]
+    names += [n.module for n in top if isinstance(n, ast.ImportFrom)]
+    assert {name.split('.')[0] for name in names} <= {'torch', *sys.stdlib_module_names}
     shutil.copy(HERE / 'model.py', tmp_path)
-    code = ('import model, torch; m = model.AdaPonderLM(model.AdaPonderConfig(vocab_size=64, block_size=16, n_layer=1, n_head=2, n_embd=16));'
-            'print(m.generate(torch.zeros(1, 3, dtype=torch.long), 5).shape)')
-    out = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    assert out.strip() == 'torch.Size([1, 8])'
-    top = [n for n in ast.parse((HERE / 'model.py').read_text()).body if isinstance(n, (ast.Import, ast.ImportFrom))]
-    names = {a.name for n in top if isinstance(n, ast.Import) for a in n.names} | {n.module for n in top if isinstance(n, ast.ImportFrom)}
-    assert {n.split('.')[0] for n in names} <= {'torch'} | set(sys.stdlib_module_names)
+    section = (HERE / 'README.md').read_text(encoding='utf-8').split('Copy model.py')[1]
+    loop = re.search(r'```python\n(.*?)```', section, re.S)[1]
+    report = ('\nimport json\nx = text[torch.arange(0, 6400).view(100, 64)]\nwith torch.no_grad():\n'
+              '    depth = model(x).depth\n'
+              'print(json.dumps(dict(loss=out.ce_loss.item(), depth=torch.bincount(depth.flatten(), minlength=5).tolist(), '
+              'generated=list(model.generate(x[:1, :5], 5).shape))))')
+    run = subprocess.run([sys.executable, '-c', 'import torch\ntorch.manual_seed(0)\ntorch.set_num_threads(1)\n' + loop + report],
+                         cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout.splitlines()[-1])
+    share = sum(n * (4 - d) for d, n in enumerate(result['depth']) if d) / (3 * 6400)
+    assert result['loss'] < 3.0 and result['generated'] == [1, 10]
+    assert 0.05 < share < 0.4 and sum(n > 60 for n in result['depth']) > 1, result['depth']

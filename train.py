@@ -19,7 +19,6 @@ if __name__ == '__main__':
 
 import difflib
 import gc
-import hashlib
 import inspect
 import json
 import math

@@ -1,4 +1,4 @@
-# Shakespeare, byte by byte, in the setting that nanoGPT publishes for a CPU: about ten minutes on two cores.
+# Shakespeare, byte by byte, in the setting that nanoGPT publishes for a CPU: 10 to 15 minutes on two cores.
 # The data: python prepare_data.py shakespeare --val_fraction 0.1 (without a network: a path to the text instead, and
 # --out data/shakespeare). Baselines: --n_iter=1 (one iteration, as nanoGPT), --halting=False (fixed depth).
 out_dir = 'out/shakespeare'

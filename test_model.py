@@ -512,7 +512,7 @@ def test_cross_entropy_and_its_gradients(chunks, frozen, device):
 
 # generation
 
-@pytest.mark.parametrize('kw', [dict(temperature=0), dict(top_k=20, top_p=0.8), dict(policy=coin(0.5)), dict(max_iter=3),
+@pytest.mark.parametrize('kw', [dict(temperature=0), dict(top_k=20, top_p=0.8), dict(policy=random_policy(0.5)), dict(max_iter=3),
                                 dict(tau=0.5, temperature=0.7)])
 @pytest.mark.parametrize('config', [{}, dict(objective='saving', tau=0.3, ponder_norm=True), dict(feedback='hidden'),
                                     dict(halting=False)])

@@ -501,7 +501,7 @@ def ppl(a):
         elif not m.cfg.halting:  # exits that need no gates, at the FLOPs of the main model's gates where it has some
             kinds = [k for k in a.policies if k not in ('learned', 'random') and (name == main or k in SCORES)]
             learned = [r for r in rows if (r['model'], r['policy']) == (main, 'learned')]
-            targets = shares | {r['setting']: r['flops'] for r in learned}
+            targets = {r['setting']: r['flops'] for r in learned} or shares
         elif name == main:
             kinds, targets = [k for k in POLICIES if k in a.policies or k == 'learned'], {'own tau': None, **shares}
         else:  # another adaptive model, as it was trained

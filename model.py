@@ -2,7 +2,7 @@
 AdaPonderLM: a language model in which every token decides how many iterations through the network it needs.
 
 Notable choices, in reading order:
-- The backbone is GPT-NeoX (Pythia): attention and MLP in parallel, partial rotary, LayerNorm with bias, untied embeddings.
+- The backbone is GPT-NeoX (Pythia): attention and MLP in parallel, partial rotary, LayerNorm with bias.
 - It runs n_iter times through the same weights. Between two iterations each token's input moves by its pondering
   embedding, the expected embedding of its next token (PonderLM, arXiv 2505.20674).
 - After each iteration a gate, a small MLP of its own, judges every token: where it falls under tau, the token halts
@@ -12,7 +12,7 @@ Notable choices, in reading order:
   All three are the one loop in iterate(); only the attention function that is handed to the blocks differs.
 - n_iter=1 is vanilla Pythia, halting=False is fixed-depth PonderLM: the same code and weights.
 
-This file needs torch and nothing else (from_pretrained and save_pretrained also transformers): copy it into your project.
+This file needs torch alone (from_pretrained and save_pretrained need transformers too): copy it into your project.
 """
 import json
 import math
@@ -38,7 +38,7 @@ class AdaPonderConfig:
     n_embd: int = 512              # width d of the residual stream; the blocks' MLPs are 4 d wide
     n_iter: int = 4                # K, iterations through the backbone; 1 is vanilla Pythia
     halting: bool = True           # gates decide each token's depth; False is fixed-depth PonderLM
-    tau: float = 1e-4              # a token halts when its gate, in (0, 1), falls under this; 'saving' moves it in training
+    tau: float = 1e-4              # a token halts when its gate falls under this; with 'saving' training moves it
     rotary_pct: float = 0.25       # share of each head's dimensions that rotate
     rotary_base: float = 10000.0   # sets the longest rotary wavelength, 2 pi times about this, in positions
     scale_embeds: bool = True      # multiply embeddings by sqrt(d), in E^0 and in P V alike
@@ -47,7 +47,7 @@ class AdaPonderConfig:
     gate_width: float = 4.0        # hidden width of a gate's MLP, in units of n_embd
     gate_bias: float = 4.0         # logit at which gates start: sigmoid(4) = 0.98, open
     objective: str = 'saving'      # gates learn to predict what going on saves ('saving'), or to close ('paper')
-    feedback: str = 'embedding'    # what an iteration hands on: 'embedding' (PonderLM) or 'hidden' (a looped transformer)
+    feedback: str = 'embedding'    # what an iteration hands on: 'embedding' (PonderLM), 'hidden' (looped transformer)
     ponder_norm: bool = False      # give what is handed on a final LayerNorm of its own
     early_ce: float = 0.0          # weight of the cross entropy after each iteration but the last (arXiv 2607.20519)
 
@@ -95,10 +95,10 @@ class AdaPonderConfig:
         return math.sqrt(self.n_embd) if self.scale_embeds else 1.0
 
     def flops(self, context):
-        """Forward FLOPs of one token that attends to `context` keys ((T + 1) / 2 on average in a causal pass over T tokens).
+        """Forward FLOPs of one token that attends to `context` keys, on average (T + 1) / 2 in a text of T tokens.
 
-        Two for each multiply-add of a matrix product; norms, softmax and GELU are left out. 'linear' and 'attention' are
-        paid once an iteration, 'gate' and 'ponder' once after each iteration but the last, 'unembed' once a token.
+        Two for each multiply-add of a matrix product; norms, softmax and GELU are left out. 'linear' and 'attention'
+        are paid once an iteration, 'gate' and 'ponder' after each iteration but the last, 'unembed' once a token.
         """
         d = self.n_embd
         return dict(
@@ -136,12 +136,12 @@ def rotate(x, rope):
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
 
-# The three attention functions: attend(q, k, v, kv, at) -> y, kv. q, k, v, y belong to the tokens that run. kv holds the
-# keys and values of all tokens of this layer, and the function puts those of the running tokens in their place. This is
-# KV reuse: K^(i) <- where(m^i, K fresh, K^(i-1)). `at` says which tokens run; None: all of them.
+# The three attention functions: attend(q, k, v, kv, at) -> y, kv. q, k, v, y belong to the tokens that run, and `at`
+# says which these are. kv holds the keys and values of all tokens of this layer; the function puts those of the running
+# tokens in their place. This is KV reuse: K^(i) <- where(m^i, K fresh, K^(i-1)).
 
 def dense_attention(q, k, v, kv, at):
-    """All tokens run; the mask at (B, T) bool keeps the K/V of halted ones. q, k, v: (B, T, nh, hs), kv: two of these."""
+    """All tokens run; the mask at (B, T) keeps the K/V of halted ones. q, k, v: (B, T, nh, hs), kv: two of these."""
     if at is not None:
         k, v = (torch.where(at[..., None, None], new, old) for new, old in zip((k, v), kv))
     y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True)  # (B, nh, T, hs)
@@ -164,9 +164,10 @@ def packed_attention(q, k, v, kv, at):
 
 
 def cached_attention(q, k, v, kv, at):
-    """One new token of each sequence, in iteration at[0]; sequences at[1] (N,) run. q, k, v: (N, nh, hs) or (B, 1, nh, hs).
+    """One new token of each sequence, in iteration at[0]; the sequences at[1] (N,) run, or where it is None all.
 
-    kv: the layer's cache (2, B, n_iter, nh, L, hs), written in place; the new token's place is the last of L.
+    q, k, v: (N, nh, hs) or (B, 1, nh, hs). kv: the layer's cache (2, B, n_iter, nh, L, hs), written in place; the new
+    token's place is the last of L.
     """
     i, row = at
     row = slice(None) if row is None else row
@@ -200,7 +201,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One GPT-NeoX layer, for tokens in any arrangement: x (..., d). How they see each other is the attention function's."""
+    """One GPT-NeoX layer, for tokens in any arrangement: x (..., d). How they see each other is up to `attend`."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -250,7 +251,7 @@ class CrossEntropy(torch.autograd.Function):
         for x, target in zip(h.to(dtype).chunk(chunks), targets.chunk(chunks)):
             counts = (target >= 0)[:, None]
             target = target.clamp(min=0)[:, None]
-            p = (x @ u.t()).to(torch.promote_types(dtype, torch.float32))  # (n, V) logits, changed in place from here on
+            p = (x @ u.t()).to(torch.promote_types(dtype, torch.float32))  # (n, V) logits, then changed in place
             logit, top = p.gather(-1, target), p.amax(-1, keepdim=True)
             z = p.sub_(top).exp_().sum(-1, keepdim=True)
             nlls.append(((z.log() + top - logit) * counts).squeeze(-1))
@@ -303,7 +304,7 @@ class AdaPonderLM(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.remat = False        # True: training recomputes each iteration in backward, and holds one instead of n_iter
+        self.remat = False         # True: recompute each iteration in backward, which holds one instead of n_iter
         self.tokenizer_files = []  # what save_pretrained() puts beside the weights
         self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd, _weight=torch.empty(cfg.vocab_size, cfg.n_embd))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
@@ -318,7 +319,7 @@ class AdaPonderLM(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, prefix=''):
-        """PonderLM's initialisation: normal cut at 3 sigma, std sqrt(2 / 5d), a block's two outputs / sqrt(2 n_layer K).
+        """PonderLM's initialisation: normal cut at 3 sigma, std sqrt(2 / 5d), a block's outputs / sqrt(2 n_layer K).
 
         prefix: only the parameters whose names begin so, as after loading a backbone that had no gates.
         """
@@ -329,8 +330,9 @@ class AdaPonderLM(nn.Module):
             if not name.startswith(prefix):
                 continue
             if p.dim() > 1:
-                damp = math.sqrt(2 * self.cfg.n_layer * self.cfg.n_iter) if name.startswith('blocks') and 'proj' in name else 1
-                nn.init.trunc_normal_(p, std=std / damp, a=-3 * std / damp, b=3 * std / damp)
+                is_output = name.startswith('blocks') and 'proj' in name
+                s = std / math.sqrt(2 * self.cfg.n_layer * self.cfg.n_iter) if is_output else std
+                nn.init.trunc_normal_(p, std=s, a=-3 * s, b=3 * s)
             else:
                 p.fill_(0.0 if name.endswith('bias') else 1.0)
         for gate in self.gates:  # open, and equal for all tokens, until training says otherwise
@@ -338,7 +340,7 @@ class AdaPonderLM(nn.Module):
             gate.proj.bias.fill_(self.cfg.gate_bias)
 
     def backbone(self, x, rope, attend, kvs, at):
-        """h = Backbone(E), final LayerNorm included. x: (..., d), kvs: one a layer. Returns h (..., d) and the new kvs."""
+        """h = Backbone(E), final LayerNorm included. x: (..., d), kvs: one a layer. Returns h (..., d), new kvs."""
         new = []
         for block, kv in zip(self.blocks, kvs):
             x, kv = block(x, rope, attend, kv, at)
@@ -363,10 +365,16 @@ class AdaPonderLM(nn.Module):
         on = policy(i, s, h, row, pos) if policy else s >= (self.cfg.tau if tau is None else tau)
         return s, on
 
+    def on_cpu(self, h):
+        """Where h is. A method, so that bench.py plan can count what a GPU would hold on tensors without values."""
+        return h.device.type == 'cpu'
+
     def few(self, h):
-        """Whether h (N, d) are the few tokens of a decoding step on a CPU. There a product with the vocabulary is made in
-        eight parts, which takes a quarter to two thirds of the time."""
-        return h.device.type == 'cpu' and len(h) <= 64 and self.cfg.vocab_size % 8 == 0 and not torch.is_grad_enabled()
+        """Whether h (N, d) are the few tokens of a decoding step on a CPU.
+
+        There a product with the vocabulary is made in eight parts, which takes a quarter to two thirds of the time.
+        """
+        return self.on_cpu(h) and len(h) <= 64 and self.cfg.vocab_size % 8 == 0 and not torch.is_grad_enabled()
 
     def head(self, h):
         """Logits h U^T. h: (N, d) -> (N, vocab)."""
@@ -385,8 +393,8 @@ class AdaPonderLM(nn.Module):
         return p @ V / z
 
     def chunks(self, h):
-        """In how many parts h (N, d) goes through the vocabulary: 64 MB of float32 logits each on a CPU, 1 GB on a GPU."""
-        numbers = 2 ** 24 if h.device.type == 'cpu' else 2 ** 28
+        """In how many parts h (N, d) meets the vocabulary: of 64 MB of float32 logits on a CPU, 1 GB on a GPU."""
+        numbers = 2 ** 24 if self.on_cpu(h) else 2 ** 28
         return max(1, math.ceil(len(h) * self.cfg.vocab_size / numbers))
 
     def ponder(self, h):
@@ -394,11 +402,11 @@ class AdaPonderLM(nn.Module):
         h, chunks, learns = self.ln_ponder(h), self.chunks(h), torch.is_grad_enabled()
         if self.cfg.feedback == 'hidden':
             return h
-        if learns and chunks > 1 and h.device.type == 'cpu':
-            # softmax(h U^T) V is attention of h over the vocabulary: torch's kernel saves a quarter of the time in training
+        if learns and chunks > 1 and self.on_cpu(h):
+            # softmax(h U^T) V is attention of h over the vocabulary: training with torch's kernel takes 3/4 of the time
             U, V = (table.weight.to(h.dtype)[None, None] for table in (self.unembed, self.embed))
             return F.scaled_dot_product_attention(h[None, None], U, V, scale=1.0)[0, 0] * self.cfg.embed_scale
-        if learns and len(h) * self.cfg.vocab_size > 2 ** 21:  # recompute the logits in backward instead of keeping them
+        if learns and len(h) * self.cfg.vocab_size > 2 ** 21:  # recompute the logits in backward, do not keep them
             parts = [checkpoint(lambda x: self.expect(self.head(x)), x, use_reentrant=False) for x in h.chunk(chunks)]
         else:
             parts = [self.expect(self.head(x)) for x in h.chunk(chunks)]
@@ -407,9 +415,10 @@ class AdaPonderLM(nn.Module):
     def iterate(self, idx, attend, kvs=None, policy=None, tau=None, max_iter=None, halting=True, start=0, cache=None):
         """The method. Runs tokens idx (B, T) at positions start .. through the iterations and returns an Output.
 
-        attend, kvs: the attention function, and for cached_attention a cache a layer. cache: see new_cache(), is filled.
-        Output.records holds for each iteration but the last: index (N,), the flat indices of the tokens that ran it,
-        s (N,) their gate values (1 without gates), on (M,) which of the N go on (None: all), and h (N, d) their states.
+        attend, kvs: the attention function, and for cached_attention a cache a layer. cache: see new_cache(), is
+        filled. Output.records holds for each iteration but the last: index (N,), the flat indices of the tokens that
+        ran it, s (N,) their gate values (1 without gates), on (M,) which of the N go on (None: all), h (N, d) their
+        states.
         """
         (B, T), K = idx.shape, max_iter or self.cfg.n_iter
         dense, remat = attend is dense_attention, self.remat and torch.is_grad_enabled()
@@ -476,7 +485,7 @@ class AdaPonderLM(nn.Module):
         Raises ValueError for a sequence that is too long and for an unknown execution.
         """
         if not 1 <= idx.size(1) <= self.cfg.block_size:
-            raise ValueError(f'a sequence of {idx.size(1)} tokens: this model takes 1 to block_size = {self.cfg.block_size}')
+            raise ValueError(f'{idx.size(1)} tokens in a sequence: this model takes 1 to {self.cfg.block_size}')
         if execution not in ('dense', 'packed'):
             raise ValueError(f"execution must be 'dense' or 'packed', not {execution!r}")
         self.check_max_iter(max_iter)
@@ -499,7 +508,9 @@ class AdaPonderLM(nn.Module):
 
     def cross_entropy(self, h, targets):
         """NLL in nats: its sum (), and that of each token (N,), detached. h: (N, d), targets: (N,)."""
-        U = self.unembed.weight if torch.is_grad_enabled() else self.unembed.weight.detach()  # no gradients in vain
+        U = self.unembed.weight
+        if not torch.is_grad_enabled():  # else CrossEntropy would make gradients in vain
+            h, U = h.detach(), U.detach()
         return CrossEntropy.apply(h, U, targets, self.chunks(h))
 
     def paper_loss(self, out, k):
@@ -513,7 +524,7 @@ class AdaPonderLM(nn.Module):
             values += [s for index, s, on, h in out.records[i:i + 1]]
         values = torch.cat(values)
         n = torch.as_tensor(k, device=values.device, dtype=values.dtype) * len(values)
-        weight = (n - torch.arange(len(values), device=values.device)).clamp(0, 1)  # the n smallest, the last one in part
+        weight = (n - torch.arange(len(values), device=n.device)).clamp(0, 1)  # the n smallest, the last one in part
         return (values.sort().values * weight).sum() / n.clamp(min=1)
 
     def saving_loss(self, out, nll, targets):
@@ -550,17 +561,17 @@ class AdaPonderLM(nn.Module):
         return w.new_zeros(2, cfg.n_layer, slots, cfg.n_iter, cfg.n_head, length, cfg.head_size)
 
     def fill_cache(self, cache, i, kvs):
-        """Put a prompt's K and V, two (B, T, nh, hs) a layer, into iteration i and, for tokens that halt here, the later ones."""
+        """Put K and V of prompts, two (B, T, nh, hs) a layer, into iteration i and, lest they halt, the later ones."""
         for layer, kv in zip(cache.unbind(1), kvs):
             for part, x in zip(layer, kv):
                 part[:, i:, :, :x.size(1)] = x.transpose(1, 2)[:, None]
 
     def prefill(self, idx, cache, **kw):
-        """Run prompts idx (B, T) packed and fill the cache of B slots. Keywords: policy, tau, max_iter. Returns an Output."""
+        """Run prompts idx (B, T) packed, and fill the cache of B slots. Keywords: policy, tau, max_iter. -> Output."""
         return self.iterate(idx, packed_attention, cache=cache, **kw)
 
     def decode(self, token, cache, pos, **kw):
-        """Run one token of each sequence, token (B, 1), at position pos. Returns an Output with T = 1."""
+        """Run one token of each sequence, token (B, 1), at position pos. -> Output with T = 1."""
         return self.iterate(token, cached_attention, kvs=cache[..., :pos + 1, :].unbind(1), start=pos, **kw)
 
     @torch.inference_mode()
@@ -601,106 +612,105 @@ class AdaPonderLM(nn.Module):
     def from_checkpoint(cls, path, map_location='cpu'):
         """The model in a ckpt.pt of train.py. Raises FileNotFoundError or ValueError with a sentence."""
         model = cls.from_state(load_checkpoint(path, map_location), path)
-        names = ('meta.json', 'tokenizer.json', 'tokenizer.tiktoken')
-        model.tokenizer_files = [f for f in (Path(path).parent / name for name in names) if f.is_file()]
+        model.tokenizer_files = [f for f in (Path(path).parent / name for name in TOKENIZER_FILES) if f.is_file()]
         return model
 
     @classmethod
-    def from_state(cls, state, path='checkpoint'):
+    def from_state(cls, state, path='the checkpoint'):
         """The model in what load_checkpoint() returned."""
         try:
-            cfg = AdaPonderConfig(**state['config'])
             with torch.device('meta'):
-                model = cls(cfg)
+                model = cls(AdaPonderConfig(**state['config']))
             model.load_state_dict(state['model'], assign=True)
-        except (TypeError, RuntimeError) as e:  # another field, another tensor
-            raise ValueError(f'{path} is of another version of this project: {first_line(e)}') from None
+        except (TypeError, RuntimeError) as e:  # a field or a tensor that this version does not have
+            raise ValueError(f'{path} is of another version of this project ({first_line(e)})') from None
         return model
 
     @classmethod
     def from_pretrained(cls, path, n_iter=None, dtype=torch.float32, **overrides):
         """A GPT-NeoX model as Hugging Face keeps it: Pythia, PonderPythia, or what save_pretrained() wrote.
 
-        path: a folder or a hub name, read by transformers. n_iter: default what its config says, else 4. overrides: fields
-        of AdaPonderConfig. Gates that it does not have start open. Raises ValueError that names what does not fit.
+        path: a folder or a hub name, for transformers to read. n_iter: default what config.json says, else 4.
+        overrides: fields of AdaPonderConfig. Gates that are not there start open. Raises ValueError naming what does
+        not fit.
         """
+        from safetensors.torch import load_file
+        from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+        from transformers.utils import cached_file
+        if Path(path).expanduser().is_dir():
+            path = Path(path).expanduser()
         try:
-            from safetensors.torch import load_file
-            from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-            from transformers.utils import cached_file
-        except ImportError:
-            raise ValueError('a Hugging Face model needs these: pip install transformers safetensors') from None
-        path = str(Path(path).expanduser()) if Path(path).expanduser().exists() else str(path)
-        try:
-            hf_config, rest = GPTNeoXConfig.from_pretrained(path, return_unused_kwargs=True)
-            cfg = config_from_hf(hf_config.to_dict(), n_iter, overrides)
-            hf, info = GPTNeoXForCausalLM.from_pretrained(path, config=hf_config, dtype=dtype, output_loading_info=True)
-            beside = {name: cached_file(path, name, _raise_exceptions_for_missing_entries=False)
-                      for name in ('gates.safetensors', 'meta.json', 'tokenizer.json', 'tokenizer.tiktoken')}
-            own = load_file(beside['gates.safetensors']) if beside['gates.safetensors'] else {}
-        except ValueError:
-            raise
-        except Exception as e:  # of transformers, safetensors, the hub, the cache: each has its own
-            raise ValueError(f'{path} cannot be loaded as a GPT-NeoX model: {first_line(e)}') from None
-        odd = [n for n in info['unexpected_keys'] if 'adapter.weight' not in n]  # PonderLM keeps one and does not use it
-        odd += list(info['missing_keys']) + [str(n) for n in info['mismatched_keys']]
+            hf = json.loads(Path(cached_file(str(path), 'config.json')).read_text(encoding='utf-8'))
+            cfg = config_from_hf(hf, n_iter, overrides)
+            pretrained, info = GPTNeoXForCausalLM.from_pretrained(
+                path, config=GPTNeoXConfig(**hf), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+            optional = {name: cached_file(str(path), name, _raise_exceptions_for_missing_entries=False)
+                        for name in ('gates.safetensors', *TOKENIZER_FILES)}
+            gates = optional.pop('gates.safetensors')
+            own = load_file(gates) if gates else {}
+        except Exception as e:  # of the network, of the hub, of torch, of safetensors: each has its own
+            raise ValueError(f'{path} cannot be loaded as a GPT-NeoX model ({first_line(e)})') from None
+        state = {hf_to_ours(n): t for n, t in pretrained.state_dict().items()}
+        state |= {n: t.to(dtype) for n, t in own.items() if cfg.halting or not n.startswith('gates.')}
+
         with torch.device('meta'):
             model = cls(cfg).to(dtype)
         model.to_empty(device='cpu').init_weights(OWN_TENSORS)
-        if not cfg.halting:
-            own = {n: t for n, t in own.items() if not n.startswith('gates.')}
-        state = {hf_to_ours(n): t for n, t in hf.state_dict().items()} | {n: t.to(dtype) for n, t in own.items()}
-        expected = model.state_dict()
-        odd += [n for n, t in state.items() if n not in expected or t.shape != expected[n].shape]
-        if odd:
-            raise ValueError(f'{path} does not fit this model: {", ".join(map(str, odd[:3]))}')
+        expected, modules = model.state_dict(), {n.rsplit('.', 2)[0] for n in state}
+        wrong = [n for n in info['unexpected_keys'] if 'adapter.weight' not in n]  # PonderLM has one, unused
+        wrong += [*info['missing_keys'], *info['mismatched_keys']]
+        wrong += [n for n, t in state.items() if n not in expected or t.shape != expected[n].shape]
+        wrong += [n for n in expected if n not in state and n.rsplit('.', 2)[0] in modules]  # half a gate
+        if wrong:
+            raise ValueError(f'{path} does not fit this model: see its tensors {", ".join(map(str, wrong[:3]))}')
         model.load_state_dict(state, strict=False, assign=True)
-        model.tokenizer_files = [Path(f) for name, f in beside.items() if f and name != 'gates.safetensors']
+        model.tokenizer_files = [Path(file) for file in optional.values() if file]
         return model
 
     def save_pretrained(self, path):
-        """Write a folder that from_pretrained() reads back whole, and transformers as GPTNeoXForCausalLM.
+        """Write a folder that from_pretrained() reads back whole, and that transformers loads as GPTNeoXForCausalLM.
 
-        Gates and ln_ponder lie in gates.safetensors beside the weights, and the tokenizer that the model came with.
-        transformers runs one iteration and does not scale embeddings: this model's function at n_iter=1, scale_embeds=False.
+        Gates and ln_ponder lie in gates.safetensors beside the weights, with the tokenizer that the model came with.
+        transformers runs one iteration and does not scale embeddings: this model at n_iter=1, scale_embeds=False.
         """
         from safetensors.torch import save_file
         from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-        cfg, path = self.cfg, Path(path).expanduser()
-        hf_config = GPTNeoXConfig(
-            **{theirs: getattr(cfg, ours) for ours, theirs in HF_CONFIG.items()}, intermediate_size=4 * cfg.n_embd,
-            rope_parameters=dict(rope_type='default', rope_theta=cfg.rotary_base, partial_rotary_factor=cfg.rotary_pct),
-            rotary_pct=cfg.rotary_pct, rotary_emb_base=cfg.rotary_base, hidden_act='gelu', use_parallel_residual=True,
-            tie_word_embeddings=False, bos_token_id=0, eos_token_id=0, ponderinglm=cfg.n_iter > 1,
-            pondering_steps=cfg.n_iter - 1, scale_embeds=cfg.scale_embeds,
-            mutiply_pondering_steps=cfg.multiply_pondering_steps, adaponder=asdict(cfg))
+        cfg, path, state = self.cfg, Path(path).expanduser(), self.state_dict()
+        rope = dict(rope_type='default', rope_theta=cfg.rotary_base, partial_rotary_factor=cfg.rotary_pct)
         with torch.device('meta'):
-            hf = GPTNeoXForCausalLM(hf_config)
-        state = self.state_dict()
+            hf = GPTNeoXForCausalLM(GPTNeoXConfig(
+                **{theirs: getattr(cfg, ours) for ours, theirs in HF_CONFIG.items()}, intermediate_size=4 * cfg.n_embd,
+                rope_parameters=rope, rotary_pct=cfg.rotary_pct, rotary_emb_base=cfg.rotary_base, hidden_act='gelu',
+                use_parallel_residual=True, tie_word_embeddings=False, bos_token_id=0, eos_token_id=0,
+                dtype=self.embed.weight.dtype, ponderinglm=cfg.n_iter > 1, pondering_steps=cfg.n_iter - 1,
+                scale_embeds=cfg.scale_embeds, mutiply_pondering_steps=cfg.multiply_pondering_steps,
+                adaponder=asdict(cfg)))
         hf.load_state_dict({n: state[hf_to_ours(n)] for n in hf.state_dict()}, assign=True)
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as beside:  # written beside, then moved: a failure leaves path whole
+        with tempfile.TemporaryDirectory(dir=path) as beside:  # written beside, then moved: a failure changes nothing
             hf.save_pretrained(beside)
-            if own := {n: t.contiguous() for n, t in state.items() if n.startswith(OWN_TENSORS)}:
+            own = {n: t.contiguous() for n, t in state.items() if n.startswith(OWN_TENSORS)}
+            if own:
                 save_file(own, f'{beside}/gates.safetensors')
             for file in self.tokenizer_files:
-                shutil.copyfile(file, f'{beside}/{Path(file).name}')
-            for pattern in ('*.safetensors*', 'pytorch_model*'):
-                for old in path.glob(pattern):  # an earlier save's would be read in place of these
-                    old.unlink()
+                shutil.copyfile(file, f'{beside}/{file.name}')
+            for old in [*path.glob('*.safetensors*'), *path.glob('pytorch_model*')]:
+                old.unlink()  # an earlier save's would be read in place of these
             for file in Path(beside).iterdir():
                 os.replace(file, path / file.name)
 
 
 # Hugging Face's names of our settings and tensors; the layouts are the same, fused QKV included
-
 OWN_TENSORS = ('gates.', 'ln_ponder.')  # tensors that GPT-NeoX does not have
+TOKENIZER_FILES = ('meta.json', 'tokenizer.json', 'tokenizer.tiktoken')
 HF_CONFIG = dict(vocab_size='vocab_size', block_size='max_position_embeddings', n_layer='num_hidden_layers',
                  n_head='num_attention_heads', n_embd='hidden_size', norm_eps='layer_norm_eps')
-HF_NAMES = {'gpt_neox.embed_in.': 'embed.', 'embed_out.': 'unembed.', 'lm_head.': 'unembed.', 'gpt_neox.final_layer_norm.': 'ln_f.',
-            'gpt_neox.layers.': 'blocks.', '.input_layernorm.': '.ln_1.', '.post_attention_layernorm.': '.ln_2.',
-            '.attention.query_key_value.': '.attn.qkv.', '.attention.dense.': '.attn.proj.',
-            '.mlp.dense_h_to_4h.': '.mlp.fc.', '.mlp.dense_4h_to_h.': '.mlp.proj.'}
+HF_NAMES = {
+    'gpt_neox.embed_in.': 'embed.', 'gpt_neox.layers.': 'blocks.', 'gpt_neox.final_layer_norm.': 'ln_f.',
+    'embed_out.': 'unembed.', 'lm_head.': 'unembed.',
+    '.input_layernorm.': '.ln_1.', '.post_attention_layernorm.': '.ln_2.',
+    '.attention.query_key_value.': '.attn.qkv.', '.attention.dense.': '.attn.proj.',
+    '.mlp.dense_h_to_4h.': '.mlp.fc.', '.mlp.dense_4h_to_h.': '.mlp.proj.'}
 
 
 def hf_to_ours(name):
@@ -711,34 +721,36 @@ def hf_to_ours(name):
 
 
 def config_from_hf(hf, n_iter=None, overrides={}):
-    """AdaPonderConfig from the dict in a config.json. Refuses by name what this model cannot represent."""
-    need = dict(model_type='gpt_neox', use_parallel_residual=True, hidden_act='gelu', tie_word_embeddings=False,
-                attention_bias=True, intermediate_size=4 * hf['hidden_size'], quantization_config=None)
+    """AdaPonderConfig from the dict in a config.json. Raises ValueError naming what this model cannot represent."""
+    lacking = [name for name in ('model_type', *HF_CONFIG.values()) if name not in hf and name != 'layer_norm_eps']
+    if lacking:
+        raise ValueError(f'config.json lacks {", ".join(lacking)}')
+    need = dict(use_parallel_residual=True, hidden_act='gelu', tie_word_embeddings=False, attention_bias=True,
+                intermediate_size=4 * hf['hidden_size'], quantization_config=None)
+    if 'neox' not in hf['model_type']:
+        need['model_type'] = 'gpt_neox'
     for name, value in need.items():
         if hf.get(name, value) != value:
             raise ValueError(f'config.json has {name} = {hf[name]!r}, and this model can only be {value!r}')
-    rope = hf.get('rope_parameters') or hf.get('rope_scaling') or {}  # transformers 5; before, rope_scaling
+    rope = hf.get('rope_parameters') or hf.get('rope_scaling') or {}  # as transformers 5 has it, and as 4 has it
     if rope.get('rope_type', rope.get('type', 'default')) != 'default':
         raise ValueError(f'config.json has rope scaling {rope}, which this model does not have')
-    own = {ours: hf[theirs] for ours, theirs in HF_CONFIG.items()}
+    own = {ours: hf[theirs] for ours, theirs in HF_CONFIG.items() if theirs in hf}
     own['rotary_pct'] = rope.get('partial_rotary_factor', hf.get('rotary_pct', 0.25))
     own['rotary_base'] = rope.get('rope_theta', hf.get('rotary_emb_base', 10000))
-    if 'ponderinglm' in hf:  # PonderLM's keys; a vanilla Pythia has none, and is given AdaPonderConfig's n_iter
+    if 'ponderinglm' in hf:  # PonderLM's keys
         own['n_iter'] = hf.get('pondering_steps', 0) + 1 if hf['ponderinglm'] else 1
     own['scale_embeds'] = bool(hf.get('scale_embeds', False))
     own['multiply_pondering_steps'] = bool(hf.get('mutiply_pondering_steps', False))  # their spelling
     own.update(hf.get('adaponder', {}), **overrides)
     if n_iter is not None:
         own['n_iter'] = n_iter
-    try:
-        return AdaPonderConfig(**own)
-    except TypeError as e:  # a field of a later version, or a typing error in overrides
-        raise ValueError(f'config.json: {e}') from None
+    return AdaPonderConfig(**own)
 
 
 def first_line(error):
-    """One sentence of an exception: libraries like to add advice of many lines."""
-    return f'{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ""}'
+    """An exception in one line: libraries like to add advice of many."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def load_checkpoint(path, map_location='cpu'):
@@ -758,17 +770,19 @@ def load_checkpoint(path, map_location='cpu'):
 # Sampling
 
 def check_sampling(temperature, top_k=None, top_p=None):
-    if not 0 <= temperature < math.inf or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+    """Raises ValueError for numbers that sample() does not take."""
+    wrong_k, wrong_p = top_k is not None and top_k < 1, top_p is not None and not 0 < top_p <= 1
+    if not 0 <= temperature < math.inf or wrong_k or wrong_p:
         raise ValueError('temperature must be >= 0, top_k at least 1, top_p in (0, 1]')
 
 
 def sample(logits, u, temperature=1.0, top_k=None, top_p=None):
-    """Draw a token a row by inverting the distribution function at u. logits: (N, vocab), u: (N,) in [0, 1) -> (N,) int64.
+    """Draw a token a row by inverting the distribution function at u in [0, 1). logits: (N, vocab), u: (N,) -> (N,).
 
-    top_k keeps the k likeliest tokens; top_p (nucleus) the likeliest that together reach p. temperature 0: the likeliest.
-    Raises ValueError where logits are not finite.
+    top_k keeps the k likeliest tokens, top_p (nucleus) the likeliest that together reach p; temperature 0 takes the
+    likeliest. Raises ValueError where logits are not finite.
     """
-    if not torch.isfinite(logits).all():
+    if not torch.isfinite(logits.float().sum()):  # a NaN or infinity anywhere makes the sum one; ten times faster than each
         raise ValueError('the logits are not finite: the model diverged in training, or its weights are damaged')
     if temperature == 0:
         return logits.argmax(-1)
@@ -790,7 +804,7 @@ def sample(logits, u, temperature=1.0, top_k=None, top_p=None):
 # Training with gates
 
 def hash_uniform(row, pos, salt=0):
-    """A number in [0, 1) for each token that looks random and depends on (row, pos, salt) alone. row, pos: int64 tensors."""
+    """A number in [0, 1) for each token that looks random and depends on (row, pos, salt) alone. row, pos: int64."""
     x = (row * 0x9E3779B1 + pos * 0x85EBCA77 + (salt + 1) * 0xC2B2AE3D % 2 ** 32) & 0xFFFFFFFF
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):  # a 32-bit hash that mixes well
         x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
@@ -798,34 +812,36 @@ def hash_uniform(row, pos, salt=0):
 
 
 class HaltingSchedule:
-    """When the gates of a model begin to act in training, and how much they halt. A training loop needs two calls a step:
+    """When the gates of a model begin to act in training, and how much they halt. Called twice in a training step:
 
         out = model(x, y, **schedule.at(step))
         ...
         schedule.update(step, out.depth)
 
-    Until step `start` no token halts; from there to `full` the halting rises to its final amount.
-    objective 'saving': k_max is the share of the iterations 2 .. n_iter that shall not run. update() moves tau, the least
-    saving in nats for which a token goes on, until this share is met. Gates learn what going on saves from tokens that go
-    on, so some are forced to run all iterations: all of them until start, a share `explore` at full, none at the end,
-    because inference will not see the keys and values that they leave in later iterations.
-    objective 'paper': k_max is the fraction of the gate values in paper_loss(), and nothing is forced.
-    gates_alone: that many steps from `start` on train the gates with the backbone frozen (the loop must freeze it).
+    Until step `start` no token halts; from there to step `full` the halting rises to its final amount.
+    objective 'saving': k_max is the share of the iterations 2 .. n_iter that shall not run. update() moves tau, the
+    least saving in nats for which a token goes on, until this share is met. Gates learn from tokens that go on, so some
+    are forced to run all iterations: all tokens until start, a share `explore` at full, none at the end, because
+    inference will not see the keys and values that they leave in later iterations.
+    objective 'paper': k_max is the fraction of the gate values in paper_loss(), and no token is forced.
+    gates_alone: the loop trains the gates alone, with the backbone frozen, for that many steps from start on.
     """
 
-    def __init__(self, cfg, max_steps, start=None, full=None, k_max=0.15, ponder_lambda=0.1, explore=0.1, gates_alone=0, seed=0):
+    def __init__(self, cfg, max_steps, start=None, full=None, k_max=0.15, ponder_lambda=0.1, explore=0.1,
+                 gates_alone=0, seed=0):
         self.cfg, self.max_steps, self.k_max, self.explore, self.seed = cfg, max_steps, k_max, explore, seed
         self.ponder_lambda = ponder_lambda
         self.start = max_steps // 10 if start is None else start
         self.full = max_steps // 4 if full is None else full
-        self.acting = self.start + (gates_alone if cfg.objective == 'saving' else 0)  # gates that predict learn before
+        # gates that predict savings learn to do so before they act
+        self.acting = self.start + (gates_alone if cfg.objective == 'saving' else 0)
 
     def ramp(self, step):
         """From 0, when gates begin to act, to 1."""
         return min(1.0, max(0.0, (step - self.acting) / max(1, self.full - self.acting)))
 
     def k(self, step):
-        """The share that shall halt: it rises ever more slowly with 'saving', since a tau that still rises overshoots."""
+        """The share that shall halt. With 'saving' it rises ever more slowly: a tau that is still rising overshoots."""
         ramp = self.ramp(step)
         return self.k_max * (ramp if self.cfg.objective == 'paper' else ramp * (2 - ramp))
 
@@ -849,13 +865,13 @@ class HaltingSchedule:
         return dict(policy=policy, ponder_lambda=self.ponder_lambda)
 
     def halted(self, step, depth, micro=0):
-        """The share of iterations 2 .. n_iter that the tokens which were free to halt did not run. depth: (B, T) -> ()."""
+        """The share of the iterations 2 .. n_iter that tokens which could halt did not run. depth: (B, T) -> ()."""
         row, pos = torch.meshgrid(*(torch.arange(n, device=depth.device) for n in depth.shape), indexing='ij')
         free = ~self.forced(step, row, pos, micro)
         return ((self.cfg.n_iter - depth) * free).sum() / free.sum().clamp(min=1) / max(1, self.cfg.n_iter - 1)
 
     def update(self, step, depth=None, halted=None):
-        """After a step: move tau towards the share that shall halt. Give depth (B, T), or `halted` over several batches."""
+        """After a step, move tau. depth: (B, T); or `halted`, what halted() gave, averaged over micro-batches."""
         if self.cfg.objective == 'saving' and step >= self.acting:
             halted = float(self.halted(step, depth) if halted is None else halted)
             self.cfg.tau = min(0.999, max(1e-6, self.cfg.tau * math.exp(self.k(step) - halted)))

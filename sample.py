@@ -6,8 +6,14 @@ Continues a text with a trained model, and shows how long it thought about each 
     echo 'import os' | python sample.py --ckpt out/tiny/ckpt.pt
     python sample.py --ckpt out/tiny/ckpt.pt --prompts in.jsonl --batch 16 --out out.jsonl
 
-The colour of a token is its depth: the iterations that were spent on predicting it.
+The colour of a token is its depth: the iterations that were spent on predicting it. The first part of this file is the
+engine behind it, which decodes many sequences at once: see stream().
 """
+import signal
+
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports ends quietly
+
 import argparse
 import codecs
 import html
@@ -15,30 +21,262 @@ import json
 import math
 import os
 import re
-import shutil
-import signal
 import sys
 import time
-from dataclasses import replace
+from collections import Counter, deque
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import AdaPonderLM, Step, find_pretrained, load_checkpoint, read_json
-from prepare_data import load_tokenizer
+from model import AdaPonderLM, check_sampling, load_checkpoint, rope_table, sample
+from prepare_data import EOT, UsageError, check_writable, command_line, load_tokenizer, write_beside
 
-# Backgrounds of depth 1 .. n_iter, (r, g, b): text on them is black, or white where the page is dark
+
+# -----------------------------------------------------------------------------
+# The batch engine
+
+class Step(NamedTuple):
+    """One generated token. depth and gates are what was spent on predicting it."""
+    seq: int      # index of the prompt that it continues
+    token: int
+    depth: int    # iterations, 1 .. n_iter
+    gates: list   # the gate values that were computed
+    nll: float    # nats, under the model itself (temperature 1, nothing cut off)
+
+
+@dataclass
+class Slot:
+    """A sequence in flight, and where the token that it runs stands."""
+    index: int    # its row of the cache and of the inputs
+    seq: int      # index of its prompt
+    start: int    # where the context starts in its text
+    pos: int      # position of the token in the context
+    it: int       # iteration of the token, 0 .. n_iter - 1
+    gates: list   # gate values of the token so far
+
+
+class Places:
+    """Where the tokens of one step stand, for slot_attention()."""
+
+    def __init__(self, active, n_iter, device):
+        self.slots = [(s.index, s.it, s.pos) for s in active]
+        # a token's keys and values go into all later iterations too: that is what those see if the token halts here
+        places = [(n, s.index, it, s.pos) for n, s in enumerate(active) for it in range(s.it, n_iter)]
+        self.token, self.slot, self.it, self.pos = torch.tensor(places, device=device).unbind(1)
+
+
+def slot_attention(q, k, v, kv, at):
+    """One token of each of N slots, each at its own iteration and position. q, k, v: (N, nh, hs), at: Places.
+
+    kv: the layer's cache (2, slots, n_iter, nh, L, hs), written in place. A token attends to a view of its slot's part.
+    """
+    kv[:, at.slot, at.it, :, at.pos] = torch.stack([k, v], dim=1)[at.token]  # (M, 2, nh, hs)
+    y = []
+    for n, (slot, it, pos) in enumerate(at.slots):
+        K, V = kv[:, slot, it, None, :, :pos + 1]  # (1, nh, pos + 1, hs) each
+        y.append(F.scaled_dot_product_attention(q[n:n + 1, :, None], K, V))
+    return torch.cat(y)[:, :, 0], kv
+
+
+class Engine:
+    """The model with a cache for several sequences. Each slot runs one token, and each token its own iteration."""
+
+    def __init__(self, model, slots, length, policy=None, tau=None, max_iter=None):
+        weight = model.embed.weight
+        self.model, self.policy, self.tau, self.max_iter = model, policy, tau, max_iter
+        self.last = (max_iter or model.cfg.n_iter) - 1
+        self.device = weight.device
+        self.cache = model.new_cache(slots, length)
+        self.rope = rope_table(torch.arange(length, device=self.device), model.cfg, weight.dtype)
+        self.E = weight.new_zeros(slots, model.cfg.n_embd)  # the input of each slot's token to its present iteration
+
+    def prefill(self, slot, tokens):
+        """Run a list of tokens and fill the slot's part of the cache. Returns the last token's logits (1, vocab)."""
+        policy = self.policy
+        if policy:  # it is told which prompt this is, as in step()
+            def policy(i, s, h, row, pos):
+                return self.policy(i, s, h, row + slot.seq, pos)
+        idx, cache = torch.tensor([tokens], device=self.device), self.cache[:, :, slot.index:slot.index + 1]
+        out = self.model.prefill(idx, cache, policy=policy, tau=self.tau, max_iter=self.max_iter)
+        slot.pos, slot.it = len(tokens) - 1, int(out.depth[0, -1]) - 1
+        slot.gates = out.gates[0, -1, :min(slot.it + 1, len(out.records))].tolist()
+        return self.model.head(out.hidden[:, -1])
+
+    def start(self, slots, tokens):
+        """Put newly drawn tokens (N,) into their slots."""
+        self.E[[s.index for s in slots]] = self.model.embed_tokens(tokens)
+        for slot in slots:
+            slot.pos, slot.it, slot.gates = slot.pos + 1, 0, []
+
+    def step(self, active):
+        """One iteration of each slot's token. Returns the slots whose tokens halted and their logits (N, vocab)."""
+        if not active:
+            return [], []
+        model = self.model
+        row, pos, seq = torch.tensor([(s.index, s.pos, s.seq) for s in active], device=self.device).unbind(1)
+        rope, places = [t[pos] for t in self.rope], Places(active, model.cfg.n_iter, self.device)
+        h, _ = model.backbone(self.E[row], rope, slot_attention, self.cache.unbind(1), places)  # (N, d)
+
+        # each iteration has a gate of its own, the last has none
+        gate = torch.zeros(len(h), device=self.device, dtype=torch.promote_types(h.dtype, torch.float32))
+        on = torch.zeros_like(gate, dtype=torch.bool)
+        for i in sorted({s.it for s in active} - {self.last}):
+            at = torch.tensor([n for n, s in enumerate(active) if s.it == i], device=self.device)
+            s, on[at] = model.decide(i, h[at], seq[at], pos[at], self.policy, self.tau)
+            gate[at] = s.to(gate.dtype)
+
+        # those that go on get their pondering embedding
+        go, halt = on.nonzero()[:, 0], (~on).nonzero()[:, 0]
+        e, logits = self.ponder_and_unembed(h[go], h[halt])
+        if model.cfg.objective == 'paper':
+            e = e * gate[go, None].to(e.dtype)
+        self.E.index_add_(0, row[go], e.to(self.E.dtype))
+        for slot, s, goes_on in zip(active, gate.tolist(), on.tolist()):
+            if slot.it < self.last:
+                slot.gates.append(s)
+            slot.it += goes_on
+        return [active[n] for n in halt.tolist()], [logits]
+
+    def ponder_and_unembed(self, going, halted):
+        """What tokens that go on hand on (N, d), and the logits of those that halted (M, vocab), from their states.
+
+        Both begin with a product with the unembedding, the largest of a step: one product makes all of them.
+        """
+        if self.model.cfg.feedback == 'hidden':
+            return self.model.ponder(going), self.model.head(halted)
+        logits = self.model.head(torch.cat([self.model.ln_ponder(going), halted]))
+        going, halted = logits.split([len(going), len(halted)])
+        return self.model.expect(going) * self.model.cfg.embed_scale, halted
+
+
+def draw(logits, generators, temperature, top_k, top_p):
+    """Draw a token for each row of logits (N, vocab), each by its own generator. Returns tokens, NLLs: (N,) each."""
+    u = torch.stack([torch.rand((), generator=g) for g in generators]).to(logits.device)
+    tokens = sample(logits, u, temperature, top_k, top_p)
+    return tokens, F.cross_entropy(logits.float(), tokens, reduction='none')
+
+
+@torch.inference_mode()
+def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, tau=None,
+           max_iter=None, policy=None, slots=1, stop_token=None):
+    """Continue many prompts with a KV cache; yields a Step for each new token, as it is made.
+
+    prompts: lists of token ids, of any lengths. max_new_tokens: a number, or one for each prompt.
+    slots: sequences in flight. All iterations share their weights, so slots at different iterations of different tokens
+    go through the blocks together: a slot whose token halted starts its next token in the very next step, and the slot
+    of a finished sequence takes the next prompt.
+    generator: a torch.Generator, or a list of one for each prompt: then no text depends on what runs beside it.
+    temperature, top_k, top_p: see sample(). tau, max_iter, policy: see AdaPonderLM.decide(); row is the prompt's index.
+    stop_token: ends a sequence, and is yielded. A text that outgrows block_size goes on with its last part, see
+    AdaPonderLM.window(). Raises ValueError for an empty prompt, unknown tokens and numbers outside their range.
+    """
+    model.check_max_iter(max_iter)
+    check_sampling(temperature, top_k, top_p)
+    texts = [list(p) for p in prompts]
+    if any(not t or min(t) < 0 or max(t) >= model.cfg.vocab_size for t in texts):
+        raise ValueError(f'prompts must have at least one token, and tokens from 0 to {model.cfg.vocab_size - 1}')
+    budget = [max_new_tokens] * len(texts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    generators = list(generator) if isinstance(generator, (list, tuple)) else [generator] * len(texts)
+    if not len(texts) == len(budget) == len(generators):
+        raise ValueError(f'{len(texts)} prompts, {len(budget)} numbers of new tokens, {len(generators)} generators')
+
+    slots = min(slots, len(texts))
+    length = min(model.cfg.block_size, max((len(t) + n for t, n in zip(texts, budget)), default=1))
+    engine = Engine(model, slots, length, policy, tau, max_iter)
+    waiting = deque(seq for seq, n in enumerate(budget) if n > 0)
+    active, free = [], list(range(slots))
+    while waiting or active:
+        # free slots take the next prompts, the others run one iteration of their tokens
+        admitted, logits = [], []
+        while waiting and free:
+            seq = waiting.popleft()
+            start = model.window(len(texts[seq]))
+            admitted.append(Slot(free.pop(), seq, start, pos=0, it=0, gates=[]))
+            logits.append(engine.prefill(admitted[-1], texts[seq][start:]))
+        halted, logits_halted = engine.step(active)
+        active += admitted
+        ready = admitted + halted
+        if not ready:
+            continue
+
+        # draw the tokens that follow those that halted
+        logits = torch.cat(logits + logits_halted)
+        tokens, nlls = draw(logits, [generators[slot.seq] for slot in ready], temperature, top_k, top_p)
+        for slot, token, nll in zip(ready, tokens.tolist(), nlls.tolist()):
+            yield Step(slot.seq, token, slot.it + 1, slot.gates, nll)
+            texts[slot.seq].append(token)
+            budget[slot.seq] -= 1
+            finished = budget[slot.seq] == 0 or token == stop_token
+            outgrown = model.window(len(texts[slot.seq])) != slot.start
+            if outgrown and not finished:  # it comes in anew, as a prompt
+                waiting.appendleft(slot.seq)
+            if outgrown or finished:
+                active.remove(slot)
+                free.append(slot.index)
+        engine.start(ready, tokens)
+
+
+def read(model, tokens, execution='packed', **halting):
+    """A Step for each token of a text that is already there, seq None: depth, gates and NLL of predicting it.
+
+    What nothing predicted has depth None: the first token, and those before the last block_size ones.
+    halting: tau, max_iter.
+    """
+    context = tokens[-model.cfg.block_size:]
+    steps = [Step(None, token, None, [], None) for token in tokens[:len(tokens) - len(context) + 1]]
+    if len(context) > 1:
+        x = torch.tensor([context], device=model.embed.weight.device)
+        out = model(x[:, :-1], x[:, 1:], execution=execution, **halting)
+        values = (t[0].tolist() for t in (out.depth, out.gates, out.nll))
+        for token, depth, gates, nll in zip(context[1:], *values):
+            steps.append(Step(None, token, depth, gates[:min(depth, len(out.records))], nll))
+    return steps
+
+
+def stream_without_cache(model, tokens, n, sampling, generator, execution, stop_token, **halting):
+    """As stream() of one prompt, but the whole text runs again for each token: slow, and the same text."""
+    tokens = list(tokens)
+    for _ in range(n):
+        context = tokens[model.window(len(tokens)):]
+        out = model(torch.tensor([context], device=model.embed.weight.device), execution=execution, **halting)
+        token, nll = draw(model.unembed(out.hidden[:, -1]), [generator], *sampling)
+        depth = int(out.depth[0, -1])
+        gates = out.gates[0, -1, :min(depth, len(out.records))].tolist()
+        yield Step(0, int(token), depth, gates, float(nll))
+        tokens.append(int(token))
+        if tokens[-1] == stop_token:
+            return
+
+
+def summary(model, runs, seconds, max_iter):
+    """One line of figures. runs: (length of prompt, Steps) of each text. FLOPs saved are against fixed depth."""
+    K, fixed = model.cfg.n_iter, replace(model.cfg, halting=False)
+    tokens, depth, flops, flops_fixed = 0, 0, 0.0, 0.0
+    for length, steps in runs:
+        for n, step in enumerate(steps, length):
+            context = n - model.window(n)
+            tokens += 1
+            depth += step.depth
+            flops += model.cfg.inference_flops(step.depth, context, max_iter)
+            flops_fixed += fixed.inference_flops(K, context)
+    if not tokens:
+        return 'no tokens made'
+    return (f'{tokens} tokens, {tokens / seconds:.0f} tokens/s, mean depth {depth / tokens:.2f} of {K}, '
+            f'{1 - flops / flops_fixed:.1%} of the FLOPs of fixed depth {K} saved')
+
+
+# -----------------------------------------------------------------------------
+# Showing depth
+
+# backgrounds of depth 1 .. n_iter, (r, g, b): text on them is black, or white where the page is dark
 LIGHT = [(226, 240, 252), (255, 243, 196), (255, 203, 128), (244, 132, 110)]
 DARK = [(30, 44, 60), (66, 58, 26), (134, 78, 18), (178, 46, 48)]
 CONTROL = re.compile(r'[\x00-\x08\x0b-\x1f\x7f-\x9f]')  # all but tab and line feed: a terminal would obey them
-
-
-def fail(message):
-    """One sentence on stderr, exit code 2."""
-    print(f'sample.py: {message}', file=sys.stderr)
-    raise SystemExit(2)
 
 
 def colour(depth, n_iter, stops=LIGHT):
@@ -49,25 +287,27 @@ def colour(depth, n_iter, stops=LIGHT):
 
 
 def visible(text):
+    """text with control characters written out."""
     return CONTROL.sub(lambda c: f'\\x{ord(c[0]):02x}', text)
 
 
 def paint(text, depth, n_iter, bold=False):
-    """text on the colour of its depth: the terminal's 24-bit colours, or its 256 where it does not say that it has more."""
+    """text on the colour of its depth, if it has one: in 24-bit colours, or in 256 where the terminal has no more."""
     style = '1' if bold else '0'
     if depth:
-        rgb = colour(depth, n_iter)
+        r, g, b = colour(depth, n_iter)
         if os.environ.get('COLORTERM') in ('truecolor', '24bit'):
-            style += ';38;2;0;0;0;48;2;{};{};{}'.format(*rgb)
-        else:  # the colour cube's six levels are 0, 95, 135, 175, 215, 255
-            r, g, b = ((c > 47) + max(0, (c - 75) // 40) for c in rgb)
+            style += f';38;2;0;0;0;48;2;{r};{g};{b}'
+        else:  # the six levels of the colour cube are 0, 95, 135, 175, 215, 255
+            r, g, b = ((c > 47) + max(0, (c - 75) // 40) for c in (r, g, b))
             style += f';38;5;16;48;5;{16 + 36 * r + 6 * g + b}'
-    lines = visible(text).replace('\t', '    ').replace('\n', '↵\n' if depth else '\n').split('\n')  # a line break has a depth too
-    return '\n'.join(f'\x1b[{style}m{line}\x1b[0m' if line else line for line in lines)
+        text = text.replace('\n', '↵\n')  # a line break has a depth too
+    lines = visible(text).replace('\t', '    ').split('\n')
+    return '\n'.join(f'\x1b[{style}m{line}\x1b[0m' if line else '' for line in lines)
 
 
 def token_bytes(enc, token):
-    """Nothing for the numbers that pad a vocabulary."""
+    """The bytes of a token; none for the numbers that pad a vocabulary."""
     try:
         return enc.decode_single_token_bytes(token)
     except KeyError:
@@ -75,12 +315,12 @@ def token_bytes(enc, token):
 
 
 def pieces(enc, steps):
-    """(text, steps) pairs: tokens that end in the middle of a character wait for the rest, and are shown with it as one."""
+    """(text, Steps) pairs. Tokens that end in the middle of a character wait for the rest, and are shown with it."""
     decoder, text, group = codecs.getincrementaldecoder('utf-8')('replace'), '', []
-    for s in steps:
-        group.append(s)
-        text += decoder.decode(token_bytes(enc, s.token))
-        if not decoder.getstate()[0]:
+    for step in steps:
+        group.append(step)
+        text += decoder.decode(token_bytes(enc, step.token))
+        if not decoder.getstate()[0]:  # no bytes wait
             yield text, group
             text, group = '', []
     if group:
@@ -88,276 +328,321 @@ def pieces(enc, steps):
 
 
 def depth_of(group):
-    """The depth to show for the tokens of one text: the largest; None for a text's first token, which nothing predicted."""
-    return max((s.depth for s in group if s.depth), default=None)
-
-
-@torch.inference_mode()
-def read(model, tokens, tau, max_iter, execution='packed'):
-    """A Step for each token of a text that is already there, seq None: what was spent on predicting it, its gates and NLL."""
-    steps = [Step(None, tokens[0], None, [], None)]
-    if len(tokens) > 1:
-        x = torch.tensor([tokens], device=model.embed.weight.device)
-        out = model(x[:, :-1], x[:, 1:], execution=execution, tau=tau, max_iter=max_iter)
-        for t, d, g, nll in zip(tokens[1:], out.depth[0].tolist(), out.gates[0].tolist(), out.nll[0].tolist()):
-            steps.append(Step(None, t, d, g[:min(d, (max_iter or model.cfg.n_iter) - 1)], nll))
-    return steps
-
-
-def stream_without_cache(model, tokens, n, temperature, top_k, top_p, generator, tau, max_iter, execution, stop_token):
-    """As model.stream() of one prompt, by running the whole text again for each token: slow, and the same text."""
-    tokens = list(tokens)
-    for _ in range(n):
-        window = model.window(len(tokens))
-        x = torch.tensor([tokens], device=model.embed.weight.device)
-        tokens.append(int(model.generate(x, 1, temperature, top_k, top_p, generator, tau, max_iter, execution=execution)[0, -1]))
-        yield read(model, tokens[window:], tau, max_iter, execution)[-1]._replace(seq=0)
-        if tokens[-1] == stop_token:
-            return
-
-
-def summary(model, runs, seconds, max_iter):
-    """One line of figures. runs: (tokens of the prompt, Steps made) of each text. FLOPs are compared with the same model at fixed depth n_iter."""
-    K, fixed = model.cfg.n_iter, replace(model.cfg, halting=False)
-    n, depth, spent, full = 0, 0, 0.0, 0.0
-    for length, steps in runs:
-        for at, s in enumerate(steps, length):
-            context = at - model.window(at)
-            n, depth = n + 1, depth + s.depth
-            spent += model.cfg.inference_flops(s.depth, context, max_iter)
-            full += fixed.inference_flops(K, context)
-    if not n:
-        return 'no tokens made'
-    return f'{n} tokens, {n / seconds:.0f} tokens/s, mean depth {depth / n:.2f} of {K}, {1 - spent / full:.1%} of the FLOPs of fixed depth {K} saved'
+    """The depth to show for the tokens of one text: the largest; None where nothing predicted them."""
+    return max((step.depth for step in group if step.depth), default=None)
 
 
 STYLE = '''
-:root{color-scheme:light dark;--page:#fff;--text:#1c1c1e;--soft:#6b6b70;--line:#dcdce0;--bar:#f4f4f6}
+:root{color-scheme:light dark;--page:#fff;--text:#1c1c1e;--soft:#6b6b70;--line:#dcdce0;--bar:#f4f4f6;
+--mono:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 @media(prefers-color-scheme:dark){:root{--page:#161618;--text:#e4e4e8;--soft:#9a9aa2;--line:#3a3a40;--bar:#222226}}
-body{font:16px/1.5 system-ui,sans-serif;max-width:58rem;margin:0 auto;padding:1.5rem 1rem 11rem;background:var(--page);color:var(--text)}
-h1{font-size:1.15rem;margin:0}p{margin:.3rem 0;color:var(--soft);font-size:.9rem}ul{display:flex;padding:0;margin:1rem 0 0;list-style:none;font-size:.8rem}
-li{padding:.15rem .5rem;overflow:hidden;white-space:nowrap;flex:1 0 auto}li:first-child{border-radius:.3rem 0 0 .3rem}li:last-child{border-radius:0 .3rem .3rem 0}
-pre{font:14px/1.7 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;white-space:pre-wrap;overflow-wrap:anywhere;tab-size:4;margin:1rem 0;padding-top:1rem;border-top:1px solid var(--line)}
-.t{padding:.16em 0;cursor:default}.t:hover,.t:focus{outline:2px solid var(--text);outline-offset:-1px}.prompt{font-weight:bold}.nl::before{content:"↵";opacity:.5}
+body{font:16px/1.5 system-ui,sans-serif;max-width:58rem;margin:0 auto;padding:1.5rem 1rem 11rem}
+body{background:var(--page);color:var(--text)}
+h1{font-size:1.15rem;margin:0}
+p{margin:.3rem 0;color:var(--soft);font-size:.9rem}
+ul{display:flex;padding:0;margin:1rem 0 0;list-style:none;font-size:.8rem}
+li{padding:.15rem .5rem;overflow:hidden;white-space:nowrap;flex:1 0 auto}
+li:first-child{border-radius:.3rem 0 0 .3rem}
+li:last-child{border-radius:0 .3rem .3rem 0}
+pre{font:14px/1.7 var(--mono);white-space:break-spaces;overflow-wrap:anywhere;tab-size:4}
+pre{margin:1rem 0;padding-top:1rem;border-top:1px solid var(--line)}
+.t{padding:.16em 0;cursor:default}
+.t:hover,.t:focus{outline:2px solid var(--text);outline-offset:-1px}
+.prompt{font-weight:bold}
+.nl::before{content:"↵";opacity:.5}
 #tip{position:fixed;inset:auto 0 0;background:var(--bar);border-top:1px solid var(--line)}
-#tip div{font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;white-space:pre-wrap;max-width:58rem;margin:0 auto;padding:.6rem 1rem;min-height:3em;max-height:9em;overflow:auto}
+#tip div{font:13px/1.5 var(--mono);white-space:pre-wrap;max-width:58rem;margin:0 auto;padding:.6rem 1rem}
+#tip div{min-height:3em;max-height:9em;overflow:auto}
 '''
 SCRIPT = '''
 const tip = document.querySelector('#tip div')
-for (const e of document.querySelectorAll('.t')) for (const v of ['mouseenter', 'focus']) e.addEventListener(v, () => tip.textContent = e.dataset.tip)
+for (const token of document.querySelectorAll('.t'))
+  for (const event of ['mouseenter', 'focus']) token.addEventListener(event, () => tip.textContent = token.dataset.tip)
 '''
 
 
-def write_html(path, title, line, samples, enc, n_iter):
+def token_html(text, group, n_iter):
+    """One piece of text, see pieces(), as a <span> with what the bar at the bottom of the page says about it."""
+    prompt, depth = group[0].seq is None, depth_of(group)
+    tip = [json.dumps(text, ensure_ascii=False) + (', in the prompt' if prompt else ', generated')]
+    for step in group:
+        if step.depth is None:
+            tip.append(f'token {step.token}: nothing predicted it')
+        else:
+            gates = ', '.join(f'{s:.2g}' for s in step.gates) or 'none'
+            tip.append(f'token {step.token}: depth {step.depth} of {n_iter}, NLL {step.nll:.2f} nats '
+                       f'(probability {math.exp(-step.nll):.2g}), gates {gates}')
+    names = ['t']
+    if depth:
+        names.append(f'd{depth}')
+    if prompt:
+        names.append('prompt')
+    if text.endswith('\n'):
+        names.append('nl')
+    tip = html.escape(visible('\n'.join(tip)))
+    return f'<span class="{" ".join(names)}" tabindex="0" data-tip="{tip}">{html.escape(visible(text))}</span>'
+
+
+def html_page(title, line, samples, enc, n_iter):
     """One self-contained page. samples: lists of Steps, those of the prompt with seq None."""
     depths = range(1, n_iter + 1)
-    colours = ['.d{}{{background:rgb{}}}'.format(d, colour(d, n_iter, LIGHT)) for d in depths]
-    dark = ['.d{}{{background:rgb{}}}'.format(d, colour(d, n_iter, DARK)) for d in depths]
-    count = [sum(s.depth == d for steps in samples for s in steps) for d in depths]
-    legend = [f'<li class="d{d}" style="flex-grow:{c}">{d}: {c / max(1, sum(count)):.0%}</li>' for d, c in zip(depths, count)]
+    light = ''.join(f'.d{d}{{background:rgb{colour(d, n_iter, LIGHT)}}}' for d in depths)
+    dark = ''.join(f'.d{d}{{background:rgb{colour(d, n_iter, DARK)}}}' for d in depths)
+    counts = Counter(step.depth for step in chain(*samples) if step.depth)
+    legend = ''
+    for d in depths:
+        share = counts[d] / max(1, counts.total())
+        legend += f'<li class="d{d}" style="flex-grow:{counts[d]}">{d}: {share:.0%}</li>'
     texts = []
     for steps in samples:
-        spans = []
-        for text, group in pieces(enc, steps):
-            made, depth = group[0].seq is not None, depth_of(group)
-            tip = [f'{json.dumps(text, ensure_ascii=False)}, {"generated" if made else "in the prompt"}']
-            for s in group:
-                tip.append(f'token {s.token}: ' + (f'depth {s.depth} of {n_iter}, NLL {s.nll:.2f} nats (probability {math.exp(-s.nll):.2g}), gates '
-                           + (', '.join(f'{g:.2g}' for g in s.gates) or 'none') if s.depth else 'the first, nothing predicted it'))
-            kind = ' '.join(['t'] + [f'd{depth}'] * bool(depth) + ['prompt'] * (not made) + ['nl'] * (text[-1:] == '\n'))
-            spans.append(f'<span class="{kind}" tabindex="0" data-tip="{html.escape(visible(chr(10).join(tip)))}">{html.escape(visible(text))}</span>')
+        spans = [token_html(text, group, n_iter) for text, group in pieces(enc, steps)]
         texts.append(f'<pre>{"".join(spans)}</pre>')
-    page = ['<!doctype html>', '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">',
-            f'<title>{html.escape(title)}</title>', f'<style>{STYLE}{"".join(colours)}', f'@media(prefers-color-scheme:dark){{{"".join(dark)}}}</style></head><body>',
-            f'<h1>{html.escape(title)}</h1><p>{html.escape(line)}</p><ul>{"".join(legend)}</ul>',
-            '<p>The colour is the number of iterations that were spent on predicting a token. The prompt is bold.</p>', *texts,
-            '<div id="tip" aria-live="polite"><div>Point at a token, or move with Tab: depth, NLL and gates stand here.</div></div>',
-            f'<script>{SCRIPT}</script></body></html>']
-    Path(f'{path}.tmp').write_text('\n'.join(page), encoding='utf-8')
-    os.replace(f'{path}.tmp', path)
+    return f'''<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<title>{html.escape(title)}</title>
+<style>{STYLE}{light}
+@media(prefers-color-scheme:dark){{{dark}}}</style></head><body>
+<h1>{html.escape(title)}</h1><p>{html.escape(line)}</p><ul>{legend}</ul>
+<p>The colour is the number of iterations that were spent on predicting a token. The prompt is bold.</p>
+{"".join(texts)}
+<div id="tip" aria-live="polite"><div>Point at a token, or move with Tab: depth, NLL and gates stand here.</div></div>
+<script>{SCRIPT}</script></body></html>
+'''
 
 
-def load(a):
-    """The model, its tokenizer, and the token that ends a text."""
-    try:
-        path = Path(a.ckpt)
-        path = path / 'ckpt.pt' if (path / 'ckpt.pt').is_file() else path
-        if path.is_dir() and not (path / 'config.json').is_file():
-            fail(f"{path} holds neither train.py's ckpt.pt nor Hugging Face's config.json")
-        if path.suffix == '.pt':
-            state = load_checkpoint(path)
-            model, meta, folder = AdaPonderLM.from_state(state), state['meta'], path.parent
-            enc = load_tokenizer({**meta, 'tokenizer': a.tokenizer} if a.tokenizer else meta, '' if a.tokenizer else folder)
-        else:
-            path = find_pretrained(a.ckpt)
-            folder = path if path.is_dir() else path.parent
-            vanilla = 'ponderinglm' not in read_json(folder / 'config.json')
-            model = AdaPonderLM.from_pretrained(path, n_iter=1 if vanilla else None, dtype=getattr(torch, a.dtype))
-            enc = load_tokenizer(a.tokenizer or folder / 'tokenizer.json')
-        model = model.to(a.device, getattr(torch, a.dtype)).eval()
-        model.check_max_iter(a.max_iter)
-    except (OSError, ValueError, RuntimeError, AssertionError) as e:  # torch has its own for a device that is not there
-        fail(e)
-    return model, enc, enc._special_tokens['<|endoftext|>']
+# -----------------------------------------------------------------------------
+# The command
+
+def load(ckpt, tokenizer, dtype):
+    """The model of a checkpoint, a run's folder, or a Hugging Face folder or hub name, and its tokenizer."""
+    path = Path(os.path.expanduser(ckpt))
+    if (path / 'ckpt.pt').is_file():
+        path = path / 'ckpt.pt'
+    if path.suffix == '.pt' or path.is_file():
+        state = load_checkpoint(path)
+        enc = find_tokenizer(tokenizer, path.parent, state.get('meta', {}))
+        return AdaPonderLM.from_state(state, path).to(dtype), enc
+    if path.is_dir() and not (path / 'config.json').is_file():
+        raise UsageError(f"{path} holds neither train.py's ckpt.pt nor Hugging Face's config.json")
+    model = AdaPonderLM.from_pretrained(ckpt, dtype=dtype)
+    from transformers import AutoConfig
+    if not hasattr(AutoConfig.from_pretrained(path if path.is_dir() else ckpt), 'ponderinglm'):
+        model = AdaPonderLM.from_pretrained(ckpt, n_iter=1, dtype=dtype)  # a plain Pythia
+    folder = model.tokenizer_files[0].parent if model.tokenizer_files else path  # a hub name's is in a cache
+    meta = None
+    if (folder / 'meta.json').is_file():
+        try:
+            meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
+        except (ValueError, RecursionError):
+            meta = {}  # says nothing
+    return model, find_tokenizer(tokenizer, folder, meta)
 
 
-def encode(model, enc, text, what='the prompt'):
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        fail(f'{what} is not UTF-8 text')
-    tokens = enc.encode_ordinary(text)
-    if not tokens:
-        fail(f'{what} is empty: give at least one character')
-    if max(tokens) >= model.cfg.vocab_size:
-        fail(f'{what} holds token {max(tokens)}, outside the vocabulary of {model.cfg.vocab_size}: the tokenizer is not the one that the model was trained with')
-    if len(tokens) > model.cfg.block_size:
-        fail(f'{what} has {len(tokens)} tokens, more than block_size = {model.cfg.block_size}: shorten it')
-    return tokens
+def find_tokenizer(name, folder, meta):
+    """The tokenizer that a model was trained with. name: a file that holds it. meta: of meta.json, or None."""
+    if meta is None:
+        return load_tokenizer(os.path.expanduser(name) if name else folder / 'tokenizer.json')
+    if not isinstance(meta, dict) or not {'tokenizer', 'tokenizer_sha256'} <= meta.keys():
+        raise UsageError(f'{folder} does not say which tokenizer its model was trained with')
+    if name:  # checked to be the same
+        return load_tokenizer({**meta, 'tokenizer': os.path.expanduser(name)})
+    return load_tokenizer(meta, folder)
 
 
 def read_text(path):
-    """The UTF-8 text of a file, or of standard input for None, line ends as they are."""
+    """The text of a file, or of standard input for None, line ends as they are. A byte order mark is left out."""
+    data = Path(os.path.expanduser(path)).read_bytes() if path else sys.stdin.buffer.read()
     try:
-        return (Path(path).read_bytes() if path else sys.stdin.buffer.read()).decode()
-    except OSError as e:
-        fail(f'{path} cannot be read: {e.strerror}')
+        return data.decode('utf-8-sig')
     except UnicodeDecodeError:
-        fail(f'{path or "standard input"} is not UTF-8 text')
+        raise UsageError(f'{path or "standard input"} is not UTF-8 text') from None
+
+
+def encode(model, enc, text, what):
+    """The tokens of a prompt. what: its name in messages."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f'{what} is not UTF-8 text') from None
+    tokens = enc.encode_ordinary(text)
+    if not tokens:
+        raise UsageError(f'{what} is empty: give at least one character')
+    if max(tokens) >= model.cfg.vocab_size:
+        raise UsageError(f'{what} holds token {max(tokens)}, outside the vocabulary of {model.cfg.vocab_size}: '
+                         'the tokenizer is not the one that the model was trained with')
+    if len(tokens) > model.cfg.block_size:
+        print(f'{what} has {len(tokens)} tokens: the model sees the last {model.cfg.block_size}', file=sys.stderr)
+    return tokens
+
+
+def read_jobs(path):
+    """The objects of a file of JSON lines, each with the name of its line."""
+    jobs = []
+    for n, line in enumerate(read_text(path).split('\n'), 1):
+        if not line.strip():
+            continue
+        try:
+            job = json.loads(line)
+            json.dumps(job)  # what is nested too deeply to be written again is refused now
+            n_tokens = job.get('max_new_tokens', 0)
+            right = type(job['prompt']) is str and type(n_tokens) is int and n_tokens >= 0
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            right = False
+        if not right:
+            raise UsageError(f'{path}, line {n}: not a JSON object with a string "prompt", and if it has '
+                             '"max_new_tokens", a whole number in it')
+        jobs.append((f'{path}, line {n}: the prompt', job))
+    return jobs
 
 
 def run_batch(a, model, enc, stop):
-    """JSON lines in, JSON lines out, in the order of the input, each written as soon as all before it are done. Returns (prompt length, Steps) of each, and seconds."""
-    jobs, prompts = [], []
-    for n, line in enumerate(read_text(a.prompts).split('\n'), 1):
-        if line.strip():
-            try:
-                job = json.loads(line)
-                if type(job['prompt']) is not str or type(job.get('max_new_tokens', 0)) is not int or job.get('max_new_tokens', 0) < 0:
-                    raise TypeError
-            except (ValueError, KeyError, TypeError):
-                fail(f'{a.prompts}, line {n}: not a JSON object with a string "prompt", and if anything a whole number "max_new_tokens"')
-            jobs.append(job)
-            prompts.append(encode(model, enc, job['prompt'], f'{a.prompts}, line {n}: the prompt'))
+    """JSON lines in, JSON lines out, in the order of the input, each written as soon as all before it are done.
+
+    Returns (length of the prompt, Steps) of each, and seconds.
+    """
+    named_jobs = read_jobs(a.prompts)
+    jobs = [job for name, job in named_jobs]
+    prompts = [encode(model, enc, job['prompt'], name)[-model.cfg.block_size:] for name, job in named_jobs]
     budget = [job.get('max_new_tokens', a.max_new_tokens) for job in jobs]
-    rngs = [torch.Generator().manual_seed(a.seed + n) for n in range(len(jobs))]
-    stream = model.stream(prompts, budget, a.temperature, a.top_k, a.top_p, rngs, a.tau, a.max_iter, slots=a.batch, stop_token=stop)
-    made, ended, start = [[] for _ in jobs], [n == 0 for n in budget], time.perf_counter()
-    out = open(f'{a.out}.tmp', 'w', encoding='utf-8', errors='backslashreplace') if a.out else sys.stdout
+    generators = [torch.Generator().manual_seed(a.seed + n) for n in range(len(jobs))]
+    steps = stream(model, prompts, budget, a.temperature, a.top_k, a.top_p, generators, a.tau, a.max_iter,
+                   slots=a.batch, stop_token=stop)
+    made, lines = [[] for _ in jobs], []
+    ended = [n == 0 for n in budget]
+    start = time.perf_counter()
     with tqdm(total=len(jobs), initial=sum(ended), unit='prompt', dynamic_ncols=True) as bar:
-        for job, steps, n in zip(jobs, made, range(len(jobs))):
+        for n, job in enumerate(jobs):
             while not ended[n]:
-                s = next(stream)
-                made[s.seq].append(s)
-                if len(made[s.seq]) == budget[s.seq] or s.token == stop:
-                    ended[s.seq] = True
+                step = next(steps)
+                made[step.seq].append(step)
+                if len(made[step.seq]) == budget[step.seq] or step.token == stop:
+                    ended[step.seq] = True
                     bar.update()
-            text = b''.join(token_bytes(enc, s.token) for s in steps if s.token != stop).decode(errors='replace')
-            depth = sum(s.depth for s in steps) / len(steps) if steps else None
-            tqdm.write(json.dumps({**job, 'completion': text, 'tokens': len(steps), 'mean_depth': depth}, ensure_ascii=False), file=out)
-            out.flush()
+            data = b''.join(token_bytes(enc, step.token) for step in made[n] if step.token != stop)
+            depth = sum(step.depth for step in made[n]) / len(made[n]) if made[n] else None
+            result = {**job, 'completion': data.decode(errors='replace'), 'tokens': len(made[n]), 'mean_depth': depth}
+            line = json.dumps(result, ensure_ascii=False)
+            lines.append(line.encode('utf-8', 'backslashreplace').decode())  # of a lone surrogate
+            if not a.out:
+                tqdm.write(lines[-1], file=sys.stdout)
+                sys.stdout.flush()
+    seconds = time.perf_counter() - start
     if a.out:
-        out.close()
-        os.replace(f'{a.out}.tmp', a.out)
-    return [(len(p), steps) for p, steps in zip(prompts, made)], time.perf_counter() - start
+        write_beside(a.out, ''.join(line + '\n' for line in lines).encode())
+    return [(len(tokens), steps) for tokens, steps in zip(prompts, made)], seconds
 
 
 def run_samples(a, model, enc, stop):
-    """Print a.num_samples continuations of one prompt as they are made. Returns (prompt length, Steps) of each, seconds, and the prompt's Steps."""
-    if a.prompt is None and not a.prompt_file and sys.stdin.isatty():
-        print('Type a text to continue, then Ctrl-D on a line of its own.', file=sys.stderr)
-    text = a.prompt if a.prompt is not None else read_text(a.prompt_file)
-    tokens, K = encode(model, enc, text), model.cfg.n_iter
-    start, prompt = time.perf_counter(), read(model, tokens, a.tau, a.max_iter)
+    """Print a.num_samples continuations of one prompt as they are made.
+
+    Returns (length of the prompt, Steps) of each, seconds, and the Steps of the prompt.
+    """
+    if a.prompt is not None:  # bytes that the locale does not know arrive as surrogates
+        text = a.prompt.encode('utf-8', 'surrogateescape').decode('utf-8', 'surrogateescape')
+    else:
+        if not a.prompt_file and sys.stdin.isatty():
+            print('Type a text to continue, then Ctrl-D on a line of its own.', file=sys.stderr)
+        text = read_text(a.prompt_file)
+    tokens = encode(model, enc, text, 'the prompt')
+    context, K = tokens[-model.cfg.block_size:], model.cfg.n_iter
+    sampling, halting = (a.temperature, a.top_k, a.top_p), dict(tau=a.tau, max_iter=a.max_iter)
+    start = time.perf_counter()
+    prompt = read(model, tokens, **halting)
     if a.depth:
-        print('iterations ' + ''.join(paint(f' {d} ', d, K) for d in range(1, K + 1)) + ', the prompt is ' + paint('bold', None, K, True) + '\n')
+        legend = ''.join(paint(f' {d} ', d, K) for d in range(1, K + 1))
+        print(f'iterations {legend}, the prompt is {paint("bold", None, K, bold=True)}\n')
     runs = []
     for n in range(a.num_samples):
-        made = []
-        args = (a.max_new_tokens, a.temperature, a.top_k, a.top_p, [torch.Generator().manual_seed(a.seed + n)], a.tau, a.max_iter)
+        generator = torch.Generator().manual_seed(a.seed + n)
         if a.execution == 'cached':
-            steps = model.stream([tokens], *args, stop_token=stop)
+            steps = stream(model, [context], a.max_new_tokens, *sampling, [generator], **halting, stop_token=stop)
         else:
-            steps = stream_without_cache(model, tokens, *args, a.execution, stop)
-
-        def shown():
-            for s in steps:
-                made.append(s)
-                if s.token != stop:
-                    yield s
+            steps = stream_without_cache(model, context, a.max_new_tokens, sampling, generator, a.execution, stop,
+                                         **halting)
         if n:
             print('\n' + '-' * 20)
-        for text, group in pieces(enc, chain(prompt, shown())):
+        made = []
+        for text, group in pieces(enc, chain(prompt, steps)):
+            made += [step for step in group if step.seq is not None]
+            if group[-1].token == stop and made:
+                text = text.removesuffix(EOT)  # it ends the sample, and is not shown
             if a.depth:
-                text = paint(text, depth_of(group), K, group[0].seq is None)
-            print(visible(text) if sys.stdout.isatty() and not a.depth else text, end='', flush=True)
-        runs.append((len(tokens), made))
+                text = paint(text, depth_of(group), K, bold=group[0].seq is None)
+            elif sys.stdout.isatty():
+                text = visible(text)
+            print(text, end='', flush=True)
+        runs.append((len(context), made))
     print()
     return runs, time.perf_counter() - start, prompt
 
 
-def main(argv=None):
-    p = argparse.ArgumentParser(prog='sample.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(argv):
+    """The settings of the command line, checked as far as that goes without the model."""
+    p = argparse.ArgumentParser('sample.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--ckpt', required=True, help="train.py's ckpt.pt, or a Hugging Face folder or hub name of a Pythia")
-    p.add_argument('--tokenizer', help="a tokenizer file, where it is not the one beside the checkpoint")
+    p.add_argument('--tokenizer', help='a tokenizer file, where it is not the one beside the checkpoint')
     what = p.add_mutually_exclusive_group()
     what.add_argument('--prompt', help='text to continue; default: standard input')
     what.add_argument('--prompt_file', help='a file with the text to continue')
-    what.add_argument('--prompts', help='a file of JSON lines {"prompt": ..., "max_new_tokens": ...}; other keys are carried through')
+    what.add_argument('--prompts', help='a file of JSON lines {"prompt": ..., "max_new_tokens": ...}; other keys stay')
     p.add_argument('--batch', type=int, default=8, help='sequences in flight with --prompts (8)')
-    p.add_argument('--out', help='where --prompts writes its JSON lines; default: standard output')
+    p.add_argument('--out', help='where --prompts writes its JSON lines, at the end; default: standard output')
     p.add_argument('--max_new_tokens', type=int, default=300, help='(300)')
     p.add_argument('--temperature', type=float, default=0.8, help='0 is greedy (0.8)')
     p.add_argument('--top_k', type=int, help='only the k likeliest tokens')
     p.add_argument('--top_p', type=float, help='only the likeliest tokens that together reach this probability')
-    p.add_argument('--num_samples', type=int, default=1)
-    p.add_argument('--seed', type=int, default=1337)
+    p.add_argument('--num_samples', type=int, default=1, help='continuations (1); sample n has seed + n')
+    p.add_argument('--seed', type=int, default=1337, help='(1337)')
     p.add_argument('--tau', type=float, help="halting threshold, default the checkpoint's; larger halts sooner")
     p.add_argument('--max_iter', type=int, help='at most this many iterations a token')
-    p.add_argument('--execution', choices=('cached', 'packed', 'dense'), default='cached', help='the same text three ways; only cached is fast')
+    p.add_argument('--execution', choices=('cached', 'packed', 'dense'), default='cached',
+                   help='the same text three ways; only cached is fast')
     p.add_argument('--depth', action='store_true', help='colour each token by its depth')
     p.add_argument('--html', metavar='FILE', help='write a page that shows depth, NLL and gates of each token')
     p.add_argument('--ignore_eot', action='store_true', help='go on after <|endoftext|>')
-    p.add_argument('--compile', action='store_true', help='torch.compile the decoding: slower to start, then faster; for many tokens')
-    p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    p.add_argument('--device', default='auto', help='cpu, cuda, cuda:1, mps; default cuda where there is one')
     p.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
     a = p.parse_args(argv)
-    if not a.temperature >= 0 or (a.top_k is not None and a.top_k < 1) or (a.top_p is not None and not 0 < a.top_p <= 1):
-        fail('temperature must be >= 0, top_k at least 1, top_p in (0, 1]')
+    check_sampling(a.temperature, a.top_k, a.top_p)
     if a.tau is not None and not 0 <= a.tau < 1:
-        fail(f'tau must be in [0, 1), not {a.tau}')
-    if min(a.max_new_tokens, a.num_samples - 1, a.batch - 1) < 0:
-        fail('max_new_tokens must be at least 0, num_samples and batch at least 1')
+        raise UsageError(f'tau must be in [0, 1), not {a.tau}')
+    if a.max_new_tokens < 0 or a.num_samples < 1 or a.batch < 1:
+        raise UsageError('max_new_tokens must be at least 0, num_samples and batch at least 1')
+    if not 0 <= a.seed < 2 ** 62:
+        raise UsageError(f'seed must be at least 0 and below 2^62, not {a.seed}')
     if a.prompts and (a.html or a.depth or a.num_samples > 1 or a.execution != 'cached'):
-        fail('--prompts writes JSON lines: --html, --depth, --num_samples and --execution do not go with it')
+        raise UsageError('--html, --depth, --num_samples and --execution do not go with --prompts')
     if a.out and not a.prompts:
-        fail('--out is for --prompts: redirect standard output instead')
-    for file in filter(None, (a.html, a.out)):
-        if not os.access(Path(file).parent, os.W_OK):
-            fail(f'{file} cannot be written: no folder {Path(file).parent} that allows it')
-    if hasattr(sys.stdout, 'reconfigure'):
-        sys.stdout.reconfigure(encoding='utf-8', errors='backslashreplace')  # whatever the locale: text is UTF-8 here
+        raise UsageError('--out is for --prompts: redirect standard output instead')
+    for path in (a.html, a.out):
+        if path is not None:
+            check_writable(path)
+    return a
 
-    if a.compile and a.device == 'cpu' and not any(map(shutil.which, (os.environ.get('CXX', 'g++'), 'clang++', 'cl'))):
-        fail('--compile needs a C++ compiler on a CPU: install g++, or leave it out')
 
-    model, enc, eot = load(a)
-    if a.compile:
-        model.compile_decoding()
-    runs, seconds, *prompt = (run_batch if a.prompts else run_samples)(a, model, enc, None if a.ignore_eot else eot)
+@torch.inference_mode()
+def main(argv=None):
+    a = parse(argv)
+    from train import get_device  # here, because importing train takes a second, and only the command needs it
+    device = get_device(a.device)
+    model, enc = load(a.ckpt, a.tokenizer, getattr(torch, a.dtype))
+    model = model.to(device).eval()
+    model.check_max_iter(a.max_iter)
+    stop = None if a.ignore_eot else enc._special_tokens[EOT]
+    if a.prompts:
+        runs, seconds = run_batch(a, model, enc, stop)
+    else:
+        runs, seconds, prompt = run_samples(a, model, enc, stop)
     line = summary(model, runs, seconds, a.max_iter)
     print(line, file=sys.stderr)
     if a.html:
-        settings = ''.join(f', {k} {v}' for k in ('seed', 'temperature', 'top_k', 'top_p', 'tau', 'max_iter') if (v := getattr(a, k)) is not None)
-        write_html(a.html, f'AdaPonderLM, {a.ckpt}', line + settings, [prompt[0] + steps for _, steps in runs], enc, model.cfg.n_iter)
+        names = ('seed', 'temperature', 'top_k', 'top_p', 'tau', 'max_iter')
+        settings = [f'{name} {getattr(a, name)}' for name in names if getattr(a, name) is not None]
+        samples = [prompt + steps for length, steps in runs]
+        page = html_page(f'AdaPonderLM, {a.ckpt}', ', '.join([line, *settings]), samples, enc, model.cfg.n_iter)
+        write_beside(a.html, page.encode('utf-8', 'backslashreplace'))
         print(f'wrote {a.html}', file=sys.stderr)
 
 
 if __name__ == '__main__':
-    if hasattr(signal, 'SIGPIPE'):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end as quietly as other filters when `| head` has read enough
-    try:
-        main()
-    except KeyboardInterrupt:
-        print('\nstopped', file=sys.stderr)
-        raise SystemExit(130)
+    command_line(main)

@@ -1,176 +1,305 @@
 """
-Trains AdaPonderLM. One process on a laptop, torchrun on a cluster:
+Trains AdaPonderLM: one process on a laptop, torchrun on a cluster.
 
     python train.py config/tiny.py --learning_rate=1e-3
     torchrun --nproc_per_node=8 train.py config/pythia70m.py
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py config/pythia410m.py
 
-A config file assigns to the fields of TrainConfig; --key=value overrides it. The same command again goes on from out_dir/ckpt.pt.
-The micro-batches of a step depend on (seed, step) alone, so any number of processes that divides gradient_accumulation_steps
-trains the same model, and a resumed run equals an uninterrupted one.
+A config file is Python that assigns to fields of TrainConfig; --key=value overrides it. Helper variables of a config
+begin with an underscore; what it imports and defines is left alone too.
+The same command again goes on from out_dir/ckpt.pt. The micro-batches of a step depend on (seed, step) alone, so any
+number of processes that divides gradient_accumulation_steps trains the same model, and a resumed run equals an
+uninterrupted one.
+With torchrun --max-restarts set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, else a restart may call at processes that died.
 """
-import ast
+import signal
+
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports ends quietly
+
 import difflib
-import hashlib
+import gc
+import inspect
 import json
 import math
 import os
 import re
 import shutil
-import signal
 import sys
 import time
+import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.utils.benchmark
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import model as model_py
-from model import AdaPonderConfig, AdaPonderLM, config_from_state, load_checkpoint
-from prepare_data import load_tokenizer, prepare
+from model import AdaPonderConfig, AdaPonderLM, HaltingSchedule, load_checkpoint
+from prepare_data import UsageError, check_writable, command_line, file_sha256, load_tokenizer, lock, prepare
 
 Duration = int | str  # a number of steps, or '1000 steps', '1.2B tokens', '40%' (of max_steps)
 
 
+# -----------------------------------------------------------------------------
+# Settings
+
 @dataclass
 class TrainConfig:
     # files
-    out_dir: str = 'out/run'
+    out_dir: str = 'out/run'          # checkpoint, log and tokenizer go here
     data_dir: str = 'data/stdlib'     # made by prepare_data.py; the default set is made when it is missing
     verify_data: bool = True          # hash the token files at the start: about a second a GB and process of a node
-    init_from: str = 'scratch'        # 'scratch', a Hugging Face folder of GPT-NeoX weights, or a ckpt.pt; its shape wins over the one below
+    init_from: str = 'scratch'        # or a ckpt.pt, or a Hugging Face folder or name of GPT-NeoX weights
     resume: bool = True               # go on from out_dir/ckpt.pt if it exists; False starts anew
-    # model
-    vocab_size: int = 0               # 0: the data's, rounded up to a multiple of 64
-    block_size: int = 256
-    n_layer: int = 4
-    n_head: int = 4
-    n_embd: int = 128
-    n_iter: int = 4                   # 1: vanilla Pythia
-    halting: bool = True              # False: fixed-depth PonderLM
-    tau: float = 1e-4
-    scale_embeds: bool = True
-    gate_width: float = 4.0
-    gate_bias: float = 4.0
-    objective: str = 'saving'         # how gates learn to halt: 'saving', 'paper' or 'live', see AdaPonderConfig
-    feedback: str = 'embedding'       # 'hidden': a loop transformer
-    ponder_norm: bool = False         # a LayerNorm of its own for the pondering embedding
-    # the two stages
-    ponder_start: Duration = '40%'    # S0: until here plain PonderLM; then the gates act
-    ponder_full: Duration = '70%'     # S1: k has risen from 0 at S0 to k_max here
-    k_max: float = 0.4                # share of the gated iterations that shall not run; objectives 'paper' and 'live': fraction of all gate values under pressure
-    ponder_lambda: float = 0.1        # weight of the ponder loss
-    explore: float = 0.1              # objective 'saving': share of the training tokens that run all iterations, to show what halting costs; all until S0, this at S1, none at the end
-    freeze_backbone: Duration = 0     # from S0 on, train the gates alone for this long
+    # model, see AdaPonderConfig
+    vocab_size: int = 0               # rows of the embedding tables; 0: the data's, rounded up to a multiple of 64
+    block_size: int = 256             # context, tokens
+    n_layer: int = 4                  # blocks in one iteration
+    n_head: int = 4                   # attention heads a block
+    n_embd: int = 128                 # width of the residual stream
+    n_iter: int = 4                   # K, iterations through the backbone; 1 is vanilla Pythia
+    halting: bool = True              # gates decide each token's depth; False is fixed-depth PonderLM
+    tau: float = 1e-4                 # a token halts when its gate falls under this; objective 'saving' moves it
+    scale_embeds: bool = True         # multiply embeddings by sqrt(n_embd)
+    multiply_pondering_steps: bool = False  # multiply the first ones by n_iter - 1 too, as PonderLM's larger models do
+    gate_width: float = 4.0           # hidden width of a gate, in units of n_embd
+    gate_bias: float = 4.0            # logit at which gates start: open
+    objective: str = 'saving'         # how gates learn to halt: to predict what going on saves, or 'paper': to close
+    feedback: str = 'embedding'       # what an iteration hands on: 'embedding', or 'hidden' (a looped transformer)
+    ponder_norm: bool = False         # give what is handed on a LayerNorm of its own
+    early_ce: float = 0.0             # weight of the cross entropy after each iteration but the last (arXiv 2607.20519)
+    # stages of the gates' training, see HaltingSchedule
+    ponder_start: Duration = '40%'    # until here no token halts
+    ponder_full: Duration = '70%'     # from here on the full amount shall halt
+    k_max: float = 0.4                # 'saving': share of iterations 2 .. not to run; 'paper': of gates to push down
+    ponder_lambda: float = 0.1        # weight of the gates' loss
+    explore: float = 0.1              # 'saving': share of tokens forced to run all iterations at ponder_full
+    freeze_backbone: Duration = 0     # from ponder_start on, train the gates alone for this long
     # optimisation
     batch_size: int = 16              # sequences a micro-batch
     gradient_accumulation_steps: int = 1  # micro-batches a step, over all processes
-    max_steps: Duration = 1000
-    learning_rate: float = 1e-3
+    max_steps: Duration = 1000        # length of the training
+    learning_rate: float = 1e-3       # peak of warmup and cosine
     final_lr: float = 0.1             # where the cosine ends, as a fraction of the peak
-    warmup: Duration = '1%'
-    weight_decay: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.95
-    grad_clip: float = 1.0
-    seed: int = 1337
+    warmup: Duration = '1%'           # the learning rate rises linearly until here
+    weight_decay: float = 0.01        # of matrices, embeddings included; vectors have none
+    beta1: float = 0.9                # AdamW's
+    beta2: float = 0.95               # AdamW's
+    grad_clip: float = 1.0            # largest norm of the gradient; 0: no clipping
+    seed: int = 1337                  # of weights, order of the data, and tokens forced to run all iterations
     # evaluation, checkpoints, logs
-    eval_interval: Duration = '20%'
+    eval_interval: Duration = '20%'   # 0: only at the end
     eval_tokens: int = 65536          # of the val split, evenly spread over it
-    ckpt_interval: Duration = '10%'
-    log_interval: int = 10
+    ckpt_interval: Duration = '10%'   # 0: only at the end
+    log_interval: int = 10            # steps
     sample_tokens: int = 300          # length of the sample at the end; 0: none
-    wandb_log: bool = False
-    wandb_project: str = 'adaponder'
+    wandb_log: bool = False           # log to Weights & Biases too
+    wandb_project: str = 'adaponder'  # the run there has the name of out_dir
     # system
-    device: str = 'auto'              # 'cpu', 'cuda', 'mps'; auto: cuda where there is one, else cpu
-    dtype: str = 'auto'               # 'float32' or 'bfloat16' (autocast); auto: bfloat16 on cuda
-    compile: bool = True              # torch.compile the backbone; on cuda only
-    execution: str = 'auto'           # once gates act: 'dense' runs halted tokens and masks them, 'packed' skips them (not with objective 'paper' or remat); auto: packed on a CPU
-    remat: bool = False               # recompute each iteration's blocks in backward: memory of one iteration for one more forward of the blocks
+    device: str = 'auto'              # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: cuda where there is one, else cpu
+    dtype: str = 'auto'               # 'float32' or 'bfloat16' (autocast); auto: bfloat16 on a GPU that has it
+    compile: bool = True              # torch.compile the blocks; on cuda only
+    execution: str = 'dense'          # 'dense' runs halted tokens and masks them, 'packed' skips them: same function
+    remat: bool = False               # recompute each iteration in backward: the memory of one, for one more forward
     shard_optimizer: bool = False     # ZeroRedundancyOptimizer: optimizer state split over the processes
 
+    given = frozenset()               # the fields that a config file or the command line set; no field itself
 
-class UsageError(SystemExit):
-    """One sentence on stderr, exit code 2. here: it may be the trouble of this rank alone; else all ranks have it, rank 0 says it, and the process group ends."""
 
-    def __init__(self, message, here=False):
-        rank = int(os.environ.get('RANK', 0))
-        if here or rank == 0:
-            print(f'train.py{f" (rank {rank})" if rank else ""}: {message}', file=sys.stderr, flush=True)
-        if not here and dist.is_available() and dist.is_initialized():  # threads that outlive the interpreter may abort, and spoil the exit code
-            dist.destroy_process_group()
-        super().__init__(2)
+# Smallest and largest value of the numeric fields; those that are not here may be 0 to 2^31 - 1
+RANGES = dict.fromkeys(('k_max', 'explore', 'tau', 'final_lr', 'beta1', 'beta2'), (0, 1))
+RANGES |= dict.fromkeys(('block_size', 'n_layer', 'n_head', 'n_embd', 'n_iter', 'batch_size',
+                         'gradient_accumulation_steps', 'log_interval'), (1, 2 ** 20))
+RANGES |= dict(vocab_size=(0, 2 ** 24), gate_width=(0, 1024), gate_bias=(-100, 100))
+
+# What nanoGPT and others call our fields
+OTHER_NAMES = dict(
+    lr='learning_rate', min_lr='final_lr', warmup_iters='warmup', max_iters='max_steps', lr_decay_iters='max_steps',
+    epochs='max_steps', eval_iters='eval_tokens', dataset='data_dir', wandb_run_name='out_dir', n_heads='n_head',
+    n_layers='n_layer', d_model='n_embd', hidden_size='n_embd', ctx_len='block_size')
+
+# How the text of --key=value becomes a value of a type
+PARSERS = {int: int, float: float, str: str, bool: {'True': True, 'False': False}.__getitem__,
+           Duration: lambda text: int(text) if text.isdigit() else text}
+
+
+def checked(key, value, kind):
+    """The value of a field of TrainConfig, or UsageError for a wrong type and a number out of range."""
+    is_number = type(value) in (int, float)
+    right = is_number if kind is float else type(value) in getattr(kind, '__args__', (kind,))
+    if not right or value == '':
+        raise UsageError(f'{key} must be {getattr(kind, "__name__", kind)}, not {value!r:.80}')
+    low, high = RANGES.get(key, (0, 2 ** 31 - 1))
+    if is_number and not low <= value <= high:  # NaN is refused as well
+        raise UsageError(f'{key} must be from {low} to {high}, not {value}')
+    return float(value) if kind is float else value
+
+
+def read_config_file(path):
+    """The assignments in a config file, a dict. It is Python, so UTF-8 whatever the locale, and it is executed."""
+    path = Path(os.path.expanduser(path))
+    if not path.is_file():
+        have = ', '.join(sorted(str(p) for p in Path('config').glob('*.py')))
+        raise UsageError(f'no config file {path}; there are {have}')
+    names = {}
+    try:
+        exec(compile(path.read_text(encoding='utf-8-sig'), str(path), 'exec'), names)
+    except Exception as e:
+        raise UsageError(f'{path} is not a config file of assignments: {type(e).__name__}: {e}')
+    return {k: v for k, v in names.items() if not (k.startswith('_') or callable(v) or inspect.ismodule(v))}
 
 
 def load_config(argv):
-    """TrainConfig from a config file and --key=value arguments, in that order. Unknown keys and wrong types are refused."""
-    known = {f.name: f for f in fields(TrainConfig)}
-    values = {}
+    """TrainConfig from config files and --key=value arguments, in the order given. Raises UsageError.
 
-    def assign(key, value, where):
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            raise UsageError(f'{where}: unknown key {key!r}' + (f', did you mean {near[0]!r}?' if near else '; the keys are in TrainConfig'))
-        kind = known[key].type
-        if kind is float and type(value) is int:
-            value = float(value)
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise UsageError(f'{where}: {key} must be {getattr(kind, "__name__", kind)}, not {value!r}')
-        values[key] = value
-
+    The result's attribute `given` is the set of fields that were set.
+    """
+    kinds, values = {f.name: f.type for f in fields(TrainConfig)}, {}
     for arg in argv:
         if arg in ('-h', '--help'):
-            print(__doc__.strip(), *(f'    {f.name} = {f.default!r}' for f in fields(TrainConfig)), sep='\n')
+            print(__doc__.strip() + '\n\n' + inspect.getsource(TrainConfig).split('\n', 2)[2])
             raise SystemExit(0)
-        if arg.startswith('--'):
-            key, eq, text = arg[2:].partition('=')
-            if not eq:
-                raise UsageError(f'{arg} has no value: write {arg}=VALUE')
+        key, equals, text = arg.removeprefix('--').partition('=')
+        if arg.startswith('--') and not equals:
+            raise UsageError(f'{arg} has no value: write {arg}=VALUE')
+        new = {key: text} if arg.startswith('--') else read_config_file(arg)
+        for key, value in new.items():
+            if key not in kinds:
+                near = OTHER_NAMES.get(key) or ''.join(difflib.get_close_matches(key, kinds, 1))
+                hint = f'did you mean {near!r}?' if near else 'python train.py --help lists the fields'
+                raise UsageError(f'unknown key {key!r} in {arg}, {hint}')
             try:
-                value = ast.literal_eval(text)
-            except (ValueError, SyntaxError):
-                value = text
-            if key in known and (known[key].type is str or known[key].type is Duration and type(value) is not int):
-                value = text
-            assign(key, value, 'command line')
-        else:
-            if not Path(arg).is_file():
-                have = ', '.join(sorted(str(p) for p in Path('config').glob('*.py')))
-                raise UsageError(f'no config file {arg}; there are {have}')
-            names = {}
-            try:
-                exec(compile(Path(arg).read_text(), arg, 'exec'), names)
-            except Exception as e:
-                raise UsageError(f'{arg} is not a config file of assignments: {type(e).__name__}: {e}')
-            for key, value in names.items():
-                if not key.startswith('_'):
-                    assign(key, value, arg)
-    return TrainConfig(**values)
+                value = PARSERS[kinds[key]](value) if arg.startswith('--') else value
+            except (ValueError, KeyError):
+                pass  # checked() refuses it
+            values[key] = checked(key, value, kinds[key])
+    cfg = TrainConfig(**values)
+    cfg.given = frozenset(values)
+    return cfg
 
 
-def in_steps(name, duration, tokens_per_step, max_steps):
-    """A Duration in steps."""
+def in_steps(name, duration, tokens_per_step, max_steps=None):
+    """A Duration in steps. max_steps: what '40%' is a part of."""
     m = re.fullmatch(r'(\d+\.?\d*(?:e\d+)?)\s*([KMBT]?)\s*(steps|tokens|%|)', str(duration).strip())
-    n = float(m[1]) * {'': 1, 'K': 1e3, 'M': 1e6, 'B': 1e9, 'T': 1e12}[m[2]] if m else 0.5
-    if (m and m[3] == '%' and max_steps is None) or (n % 1 and not (m and m[3] in ('%', 'tokens'))):
-        like = "'1000 steps' or '1.2B tokens'" if max_steps is None else "'1000 steps', '1.2B tokens' or '40%' of max_steps"
-        raise UsageError(f'{name} must be a number of steps, or like {like}, not {duration!r}')
-    return round(n / tokens_per_step if m[3] == 'tokens' else n * max_steps / 100 if m[3] == '%' else n)
+    number, unit = (float(m[1]) * 1000 ** ' KMBT'.index(m[2] or ' '), m[3]) if m else (-1, None)
+    if unit == 'tokens':
+        number = round(number / tokens_per_step)
+    elif unit == '%':
+        number = -1 if max_steps is None else round(number / 100 * max_steps)
+    if not 0 <= number < 2 ** 31 or number % 1:
+        examples = "'1000 steps', '1.2B tokens'" + (" or '40%' of max_steps" if max_steps is not None else '')
+        raise UsageError(f'{name} must be a number of steps, or like {examples}, not {duration!r}')
+    return int(number)
+
+
+# -----------------------------------------------------------------------------
+# Devices
+
+# Dense bfloat16 peak (FLOP/s) and memory (GB) by data sheet; the name is torch's without the maker and the memory
+GPUS = {
+    'H100': (989e12, 80), 'H100 NVL': (835e12, 94), 'H100 PCIe': (756e12, 80), 'GH200': (989e12, 96),
+    'H200': (989e12, 141), 'H200 NVL': (835e12, 141), 'H800': (989e12, 80), 'H20': (148e12, 96), 'B200': (2250e12, 180),
+    'GB200': (2500e12, 186), 'A100': (312e12, 80), 'A800': (312e12, 80), 'A40': (150e12, 48), 'A30': (165e12, 24),
+    'A10': (125e12, 24), 'L40S': (362e12, 48), 'L40': (181e12, 48), 'L4': (121e12, 24), 'RTX A6000': (155e12, 48),
+    'RTX 6000 Ada': (364e12, 48), 'RTX 4090': (165e12, 24), 'RTX 3090': (71e12, 24)}
+
+
+def gpu_peak(name, dtype):
+    """Dense peak FLOP/s of the GPU that torch calls `name`, or None for one that GPUS does not hold.
+
+    float32 runs as TF32, half as fast on all of these. 'NVIDIA H100 80GB HBM3' is the SXM module, here H100.
+    """
+    short = re.sub(r'NVIDIA |GeForce | Generation|[ -](SXM\d|PCIE|\d+GB|HBM\w+)', '', name)
+    peak = GPUS.get(short.replace('A100 PCIe', 'A100'), (None,))[0]
+    return peak / 2 if peak and dtype is torch.float32 else peak
+
+
+def get_device(name='auto'):
+    """The torch.device that `name` means, for all scripts: what is named is used, or UsageError says why not.
+
+    name: 'auto' (cuda where there is one, else cpu), 'cpu', 'cuda', 'cuda:1', 'mps'. Under torchrun the local rank
+    picks the GPU. On a GPU float32 matrix products may run as TF32.
+    """
+    with warnings.catch_warnings(record=True) as trouble:  # torch only warns where the driver is too old
+        warnings.simplefilter('always')
+        has_cuda = torch.cuda.is_available()
+    why = ' (' + str(trouble[0].message).split('. ')[0] + ')' if trouble else ''
+    if name == 'auto':
+        name = 'cuda' if has_cuda or trouble else 'cpu'
+    if not re.fullmatch(r'cpu|mps|cuda(:\d{1,3})?', name):
+        raise UsageError(f"device must be 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps', not {name!r}")
+    if 'LOCAL_RANK' in os.environ and name not in ('cpu', 'cuda'):
+        raise UsageError(f'device is {name}, but under torchrun each process has its own: give --device=cuda')
+    if name == 'mps' and not torch.backends.mps.is_available():
+        raise UsageError('device is mps, but this torch has none: give --device=cpu')
+    if not name.startswith('cuda'):
+        return torch.device(name)
+    if not has_cuda:
+        raise UsageError(f'device is {name}, but this torch can use no GPU{why}: give --device=cpu')
+    device = torch.device('cuda', torch.device(name).index or int(os.environ.get('LOCAL_RANK', 0)))
+    if device.index >= torch.cuda.device_count():
+        raise UsageError(f'there is no {device}: this torch sees {torch.cuda.device_count()} GPUs')
+    torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision('high')
+    return device
+
+
+def get_autocast(device, dtype='auto'):
+    """The context in which a model computes, as a function without arguments, and the dtype of its matrix products.
+
+    dtype: 'float32', 'bfloat16', or 'auto': bfloat16 on a GPU that has it. Raises UsageError where the GPU has none.
+    """
+    if dtype not in ('auto', 'float32', 'bfloat16'):
+        raise UsageError(f"dtype must be 'auto', 'float32' or 'bfloat16', not {dtype!r}")
+    has_bfloat16 = device.type != 'cuda' or torch.cuda.is_bf16_supported(including_emulation=False)
+    if dtype == 'bfloat16' and not has_bfloat16:
+        raise UsageError(f'{torch.cuda.get_device_name(device)} has no bfloat16: give --dtype=float32')
+    if dtype == 'bfloat16' or (dtype == 'auto' and device.type == 'cuda' and has_bfloat16):
+        return partial(torch.autocast, device.type, torch.bfloat16), torch.bfloat16
+    return nullcontext, torch.float32
+
+
+def bfloat16_slowdown():
+    """How many times longer this CPU takes for a matrix product in bfloat16: without AVX-512 it is emulated."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(1024, 1024, dtype=dtype)
+        seconds[dtype] = torch.utils.benchmark.Timer('a @ a', globals=dict(a=a)).timeit(3).mean
+    return seconds[torch.bfloat16] / seconds[torch.float32]
+
+
+# -----------------------------------------------------------------------------
+# Data
+
+def load_meta(folder):
+    """The meta.json that prepare_data.py wrote, a dict; UsageError where a key is missing that training needs."""
+    path = Path(folder) / 'meta.json'
+    try:
+        meta = json.loads(path.read_text(encoding='utf-8'))
+        np.dtype(meta['dtype']), meta['vocab_size'] + 0, meta['tokenizer'], meta['tokenizer_sha256']
+        for split in ('train', 'val'):
+            for file in meta[split]['files']:
+                file['name'], file['tokens'] + 0, file['sha256']
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        raise UsageError(f'{path} was not written by prepare_data.py ({type(e).__name__}: {e})')
+    return meta
 
 
 class Windows:
-    """A split of a data folder as windows of block_size + 1 tokens, each overlapping the next by one: no token is predicted twice.
+    """A split of a data folder as windows of block_size + 1 tokens, each overlapping the next by one token.
 
-    train order: epoch e is a permutation of all windows, cut at an offset, both drawn from (seed, e).
+    So no token is predicted twice. Training order: epoch e is a permutation of all windows, cut at an offset, both
+    drawn from (seed, e).
     """
 
     def __init__(self, folder, meta, split, block_size, vocab_size, seed=0):
@@ -180,17 +309,19 @@ class Windows:
         for file in meta[split]['files']:
             path = Path(folder) / file['name']
             if not path.is_file() or path.stat().st_size != file['tokens'] * dtype.itemsize:
-                raise UsageError(f"{path} is missing or not the {file['tokens']} tokens that meta.json says: prepare the data again", here=True)
+                raise UsageError(f'{path} is not there, or has not the {file["tokens"]} tokens that meta.json says: '
+                                 'prepare the data again')
             self.parts.append(np.memmap(path, dtype=dtype, mode='r') if file['tokens'] else np.zeros(0, dtype))
             starts.append(starts[-1] + file['tokens'])
-        self.starts = np.array(starts)
+        self.starts = np.array(starts)  # of the files, in tokens
         self.n = (starts[-1] - block_size) // block_size  # one window fewer than fits, so that any offset leaves room
         if self.n < 1:
-            raise UsageError(f'the {split} split of {folder} has {starts[-1]} tokens, too few for block_size {block_size}')
+            raise UsageError(f'the {split} split of {folder} has {starts[-1]} tokens, too few for block_size '
+                             f'{block_size}: give more data, or a smaller --block_size')
         self.epoch = None
 
     def tokens(self, start, length):
-        """length tokens from `start` on, across file borders."""
+        """`length` tokens from `start` on, across file borders: int64."""
         part = int(np.searchsorted(self.starts, start, side='right')) - 1
         out = []
         while length > 0:
@@ -200,9 +331,11 @@ class Windows:
         return np.concatenate(out).astype(np.int64)
 
     def batch(self, starts):
-        x = torch.from_numpy(np.stack([self.tokens(s, self.block_size + 1) for s in starts]))  # (B, T + 1)
+        """The windows that begin at these tokens: (B, block_size + 1) int64."""
+        x = torch.from_numpy(np.stack([self.tokens(s, self.block_size + 1) for s in starts]))
         if int(x.max()) >= self.vocab_size:
-            raise ValueError(f'the {self.split} data holds token {int(x.max())}, beyond vocab_size {self.vocab_size}: it was made with another tokenizer')
+            raise ValueError(f'the {self.split} data holds token {int(x.max())}, beyond vocab_size {self.vocab_size}: '
+                             'it was made with another tokenizer')
         return x
 
     def train_batch(self, index, batch_size):
@@ -229,73 +362,104 @@ def read_ahead(read, numbers, depth=4):
 def verify(folder, meta, part, parts):
     """Hash every parts-th token file, from number `part` on, and refuse what meta.json does not know."""
     for file in [f for split in ('train', 'val') for f in meta[split]['files']][part::parts]:
-        digest = hashlib.sha256()
-        with open(Path(folder) / file['name'], 'rb') as f:
-            while block := f.read(2**20):
-                digest.update(block)
-        if digest.hexdigest() != file['sha256']:
-            raise UsageError(f"{Path(folder) / file['name']} was changed: its sha256 is not the one in meta.json; prepare the data again", here=True)
+        path = Path(folder) / file['name']
+        if file_sha256(path) != file['sha256']:
+            raise UsageError(f'{path} was changed: its sha256 is not the one in meta.json; prepare the data again')
+
+
+# -----------------------------------------------------------------------------
+# The model to begin with, evaluation, checkpoints
+
+def initial_model(cfg, meta):
+    """A new model, or one that starts from trained weights: cfg.init_from, a ckpt.pt or what from_pretrained() takes.
+
+    Trained weights bring their settings; those that a config file or the command line gave win over them, but for the
+    shape. Raises UsageError for weights that do not fit.
+    """
+    settings = {f.name: getattr(cfg, f.name) for f in fields(AdaPonderConfig) if hasattr(cfg, f.name)}
+    if cfg.init_from == 'scratch':
+        settings['vocab_size'] = cfg.vocab_size or -(-meta['vocab_size'] // 64) * 64
+        try:
+            return AdaPonderLM(AdaPonderConfig(**settings))
+        except (RuntimeError, MemoryError) as e:
+            raise UsageError(f'a model of this size cannot be made: {model_py.first_line(e)}')
+
+    shape = {k: settings.pop(k) for k in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd')}
+    given = {k: v for k, v in settings.items() if k in cfg.given}
+    path = os.path.expanduser(cfg.init_from)
+    if not path.endswith('.pt'):
+        model = AdaPonderLM.from_pretrained(path, **given)
+        check_tokenizer(path, {}, model.tokenizer_files, cfg, meta)
+    else:
+        state = load_checkpoint(path)
+        trained = AdaPonderLM.from_state(state, path)
+        check_tokenizer(path, state.get('meta', {}), Path(path).parent.glob('tokenizer.*'), cfg, meta)
+        model = AdaPonderLM(replace(trained.cfg, **given))
+        if trained.gates and model.gates and trained.cfg.gate_hidden != model.cfg.gate_hidden:
+            raise UsageError(f'gate_width is {cfg.gate_width}, but {trained.cfg.gate_width} in {path}: leave it out')
+        model.load_state_dict(state['model'], strict=False)  # gates that it lacks start open, those beyond n_iter go
+    for k in ('vocab_size', 'n_layer', 'n_head', 'n_embd'):
+        if k in cfg.given and shape[k] not in (0, getattr(model.cfg, k)):
+            raise UsageError(f'{k} is {shape[k]}, but {getattr(model.cfg, k)} in {path}: leave it out')
+    return model
+
+
+def check_tokenizer(path, theirs, files, cfg, meta):
+    """Refuse weights of one tokenizer with data of another, where we know both: all losses would mean nothing.
+
+    theirs: the meta.json dict that the weights at `path` came with, or {}; files: the tokenizer files beside them.
+    """
+    files = {f.name: f for f in files}
+    if not theirs and 'meta.json' in files:
+        theirs = json.loads(files.pop('meta.json').read_text(encoding='utf-8'))
+    name = theirs.get('tokenizer', 'tokenizer.json')
+    sha256 = theirs.get('tokenizer_sha256') or (file_sha256(files[name]) if name in files else meta['tokenizer_sha256'])
+    if sha256 != meta['tokenizer_sha256']:
+        raise UsageError(f'{path} has another tokenizer than the data in {cfg.data_dir}: prepare data with its own, '
+                         f'"python prepare_data.py PATH ... --tokenizer {files.get(name, name)} --out DIR" '
+                         'and --data_dir=DIR')
 
 
 @torch.no_grad()
-def evaluate(model, val, cfg, device, autocast, halting, rank=0, world=1):
-    """A pass over eval_tokens of val. Returns a dict: loss (nats a token), ppl, depth, active (share that ran iteration 1 .. n_iter),
-    flops_saved against fixed depth, nll_by_depth."""
+def evaluate(model, val, cfg, device, autocast, halting=True, rank=0, world=1):
+    """Evaluate on eval_tokens of the val split. halting: whether the gates act.
+
+    Returns a dict: loss (nats a token), ppl, depth (mean), active (share of tokens that ran iteration 1 .. n_iter),
+    flops_saved (of inference, against fixed depth), nll_by_depth.
+    """
     K = model.cfg.n_iter
     n = max(1, min(val.n, cfg.eval_tokens // cfg.block_size))
-    sums = torch.zeros(2, K, dtype=torch.float64)  # tokens and their NLL, by depth
+    sums = torch.zeros(2, K, dtype=torch.float64)  # tokens and their NLL, by depth; on the CPU: MPS has no float64
     mine = range(rank, n, world)
-    execution = 'packed' if device.type == 'cpu' and halting is None else 'dense'  # the same function; compiled kernels want one shape
+    execution = 'dense' if cfg.compile and device.type == 'cuda' else 'packed'
     for i in range(0, len(mine), cfg.batch_size):
-        x = val.batch([w * val.n // n * cfg.block_size for w in mine[i:i + cfg.batch_size]]).to(device)
+        starts = [w * val.n // n * cfg.block_size for w in mine[i:i + cfg.batch_size]]
+        padding = starts[:1] * (cfg.batch_size - len(starts))  # compiled blocks want one shape
+        x = val.batch(starts + padding).to(device)
         with autocast():
             out = model(x[:, :-1], x[:, 1:], execution=execution, halting=halting)
-        d = out.depth.flatten().cpu() - 1
+        d = out.depth[:len(starts)].flatten().cpu() - 1
         sums[0].index_add_(0, d, torch.ones(len(d), dtype=torch.float64))
-        sums[1].index_add_(0, d, out.nll.flatten().double().cpu())
+        sums[1].index_add_(0, d, out.nll[:len(starts)].flatten().cpu().double())
     if world > 1:
         dist.all_reduce(sums)
     tokens, nll = sums
     share, depths, context = tokens / tokens.sum(), torch.arange(1, K + 1), (cfg.block_size + 1) / 2
-    fixed = replace(model.cfg, halting=False)  # PonderLM has no gates to pay for, nor have we while they stay out
-    flops = (model.cfg if halting is None else fixed).inference_flops(depths, context)
+    fixed = replace(model.cfg, halting=False)  # PonderLM has no gates to pay for, nor have we while they do not act
+    flops = (model.cfg if halting else fixed).inference_flops(depths, context)
     loss = float(nll.sum() / tokens.sum())
-    return dict(loss=loss, ppl=math.exp(min(loss, 50)), depth=float((depths * share).sum()), active=[float(share[i:].sum()) for i in range(K)],
-                flops_saved=float(1 - (flops * share).sum() / fixed.inference_flops(K, context)), nll_by_depth=[float(x / c) if c else None for x, c in zip(nll, tokens)])
-
-
-def peak_flops(device, dtype=torch.float32):
-    """Dense bf16 matrix FLOP/s of a known GPU; elsewhere what one product of 1024 x 1024 matrices of this dtype reaches now."""
-    if device.type == 'cuda':
-        name = torch.cuda.get_device_name(device)
-        for key, peak in [('H100 PCIe', 756e12), ('H100', 989e12), ('H200', 989e12), ('H800', 989e12), ('B200', 2250e12), ('A100', 312e12),
-                          ('A800', 312e12), ('L40S', 362e12), ('A6000', 155e12), ('4090', 165e12), ('3090', 71e12), ('V100', 125e12)]:
-            if key in name:
-                return peak
-    a = torch.ones(1024, 1024, device=device, dtype=dtype)  # not random: that would move the generator
-    for n in (1, 3):  # the first one warms up
-        t = time.perf_counter()
-        for _ in range(n):
-            b = a @ a
-        b.sum().item()
-        seconds = time.perf_counter() - t
-    return n * 2 * 1024 ** 3 / seconds
-
-
-def peak_memory(device):
-    """Bytes: of the GPU, or of the whole process."""
-    if device.type == 'cuda':
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+    return dict(loss=loss, ppl=math.exp(min(loss, 50)), depth=float((depths * share).sum()),
+                active=[float(share[i:].sum()) for i in range(K)],
+                flops_saved=float(1 - (flops * share).sum() / fixed.inference_flops(K, context)),
+                nll_by_depth=[float(x / c) if c else None for x, c in zip(nll, tokens)])
 
 
 def save_checkpoint(path, state):
-    """Beside, synced, then renamed: at any moment `path` is a whole checkpoint. A full disk costs this checkpoint, not the last one."""
-    tmp = f'{path}.tmp'
+    """Write beside, sync, rename: `path` is whole at any moment, and a full disk costs this checkpoint, not the last.
+
+    Returns whether it was written.
+    """
+    tmp = Path(f'{path}.tmp')
     try:
         with open(tmp, 'wb') as f:
             torch.save(state, f)
@@ -303,356 +467,411 @@ def save_checkpoint(path, state):
             os.fsync(f.fileno())
         os.replace(tmp, path)
         return True
-    except (OSError, RuntimeError) as e:
+    except (OSError, RuntimeError) as e:  # torch's writer raises RuntimeError
         tqdm.write(f'checkpoint not written ({e}); the one before stays in place')
-        Path(tmp).unlink(missing_ok=True)
+        tmp.unlink(missing_ok=True)
         return False
 
 
-def lock(out_dir):
-    """Refuse a second run on the same folder; the lock falls with the process. Returns the open file, to be kept."""
-    f = open(Path(out_dir) / 'lock', 'w')
+def check_resume(path, state, cfg, meta, start):
+    """Refuse to go on where the result would be neither the old run nor the new one.
+
+    start: ponder_start in steps. Returns a line for each change that may be made.
+    """
+    if lacks := {'train_config', 'meta', 'optimizer', 'step', 'ponder_start'} - state.keys():
+        raise UsageError(f'{path} lacks {", ".join(sorted(lacks))}: give another --out_dir, or --resume=False')
+    before, now = state['train_config'], asdict(cfg)
+    changed = [k for k in now if before.get(k) != now[k] and k not in ('resume', 'device', 'out_dir')]
+    lasting = {f.name for f in fields(AdaPonderConfig)} | {'seed', 'batch_size', 'gradient_accumulation_steps'}
+    fatal = [k for k in changed if k in lasting]
+    if (start <= state['step']) != (state['ponder_start'] <= state['step']):
+        fatal.append(f'ponder_start ({state["ponder_start"]} steps, now {start}: gates would act at another time)')
+    if {**state['meta'], 'source': 0} != {**meta, 'source': 0}:
+        fatal.append(f'the data in {cfg.data_dir}')
+    if fatal:
+        raise UsageError(f'{path} was trained with other values of {", ".join(fatal)}: '
+                         'give them back, or another --out_dir, or --resume=False')
+    return [f'changed since the checkpoint: {k} = {before.get(k)!r} -> {now[k]!r}' for k in changed]
+
+
+def trim_log(path, step):
+    """Leave in log.jsonl what was written before the checkpoint of this step; a last line may be torn."""
+    valid = []
+    for line in path.read_text(encoding='utf-8').splitlines() if step and path.is_file() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record['step'] < step + ('loss' in record):  # this step's evaluation is made again
+            valid.append(line + '\n')
+    path.write_text(''.join(valid), encoding='utf-8')
+
+
+def check_same(world, **things):
+    """Refuse processes that run other code or data, or do not see the checkpoint: each would train another model."""
+    ranks = [None] * world
+    dist.all_gather_object(ranks, things)
+    for name in things:
+        if others := [str(r) for r in range(world) if ranks[r][name] != ranks[0][name]]:
+            raise UsageError(f'process {", ".join(others)} has another {name} than process 0: '
+                             'all nodes need the same files, on a shared disk or copied')
+
+
+def closing_sample(model, cfg, val, meta, data_dir):
+    """A prompt from the val split, and after a | what the model makes of it, up to the end of the document."""
+    from sample import visible  # shows control bytes as escapes
+    # compiled blocks would be compiled again for every length: put the same weights into a model without
+    model = AdaPonderLM.from_state(dict(config=asdict(model.cfg), model=model.state_dict()))
+    enc = load_tokenizer(meta, data_dir)
+    prompt = val.tokens(0, min(32, cfg.block_size)).tolist()
+    idx = torch.tensor([prompt], device=model.embed.weight.device)
+    generator = torch.Generator().manual_seed(cfg.seed)
+    new = model.generate(idx, cfg.sample_tokens, temperature=0.8, top_k=50, generator=generator)
+    new = [t for t in new[0, len(prompt):].tolist() if t < meta['vocab_size']]  # the rows beyond are padding
+    if enc.eot_token in new:
+        new = new[:new.index(enc.eot_token)]
+    return visible(f'{enc.decode(prompt)}|{enc.decode(new)}')
+
+
+# -----------------------------------------------------------------------------
+# Training
+
+def prepare_folders(cfg, master):
+    """Make out_dir and, where it is missing, the default data. Returns both folders, and out_dir's lock, to be held."""
+    data_dir, out_dir = (Path(os.path.expanduser(p)) for p in (cfg.data_dir, cfg.out_dir))
+    has_data = (data_dir / 'meta.json').is_file()
+    if os.path.realpath(data_dir) == os.path.realpath(out_dir):
+        raise UsageError(f'out_dir and data_dir are both {out_dir}: give the run a folder of its own')
+    if not has_data and (cfg.init_from != 'scratch' or cfg.data_dir != TrainConfig.data_dir):
+        raise UsageError(f'no data in {data_dir}: make it with "python prepare_data.py PATH ... --tokenizer TOKENIZER '
+                         f'--out {data_dir}", or give --data_dir=DIR')
+    if not master:
+        return data_dir, out_dir, None
     try:
-        import fcntl
-        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass  # not on Windows
-    except OSError:
-        raise UsageError(f'another run is writing to {out_dir}: give this one another --out_dir')
-    return f
-
-
-def main(argv):
-    cfg = load_config(argv)
-
-    # processes and devices
-    world, rank, local_rank = (int(os.environ.get(v, d)) for v, d in (('WORLD_SIZE', 1), ('RANK', 0), ('LOCAL_RANK', 0)))
-    device = torch.device(('cuda' if torch.cuda.is_available() else 'cpu') if cfg.device == 'auto' else cfg.device)
-    if device.type == 'cuda':
-        if not torch.cuda.is_available():
-            raise UsageError('device is cuda, but this torch sees no GPU: give --device=cpu')
-        device = torch.device('cuda', local_rank)
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision('high')
-    if cfg.dtype not in ('auto', 'float32', 'bfloat16'):
-        raise UsageError(f"dtype must be 'auto', 'float32' or 'bfloat16', not {cfg.dtype!r}")
-    bf16 = cfg.dtype == 'bfloat16' or (cfg.dtype == 'auto' and device.type == 'cuda')
-    autocast = (lambda: torch.autocast(device.type, torch.bfloat16)) if bf16 else nullcontext
-    if cfg.execution not in ('auto', 'dense', 'packed') or (cfg.execution == 'packed' and (cfg.objective == 'paper' or cfg.remat)):
-        raise UsageError(f"execution must be 'auto', 'dense', or 'packed' with another objective than 'paper' and --remat=False, not {cfg.execution!r}")
-    if cfg.gradient_accumulation_steps % world:
-        raise UsageError(f'gradient_accumulation_steps ({cfg.gradient_accumulation_steps}) must be a multiple of the number of processes ({world})')
-    if min(cfg.batch_size, cfg.block_size, cfg.gradient_accumulation_steps, cfg.log_interval) < 1:
-        raise UsageError('batch_size, block_size, gradient_accumulation_steps and log_interval must be at least 1')
-    if not 0 <= cfg.k_max <= 1 or not 0 <= cfg.explore <= 1 or min(cfg.ponder_lambda, cfg.learning_rate, cfg.final_lr, cfg.grad_clip) < 0:
-        raise UsageError('k_max and explore must lie in 0 .. 1; ponder_lambda, learning_rate, final_lr and grad_clip must not be negative')
-    master = rank == 0
-    say = tqdm.write if master else lambda *a: None
-    tokens_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size
-    max_steps = in_steps('max_steps', cfg.max_steps, tokens_per_step, None)
-    S0, S1, freeze, warmup, eval_interval, ckpt_interval = (
-        in_steps(name, getattr(cfg, name), tokens_per_step, max_steps)
-        for name in ('ponder_start', 'ponder_full', 'freeze_backbone', 'warmup', 'eval_interval', 'ckpt_interval'))
-    act = S0 + freeze * (cfg.objective == 'saving')  # the step from which gates act: those that predict learn before
-    if cfg.halting and cfg.n_iter > 1 and S1 < act < max_steps:
-        raise UsageError(f'ponder_full (step {S1}) lies before ponder_start{" + freeze_backbone" * (act > S0)} (step {act}): k would jump to k_max at once')
-
-    # data; the default set is made once, while the other processes wait for the group
-    data_dir, out_dir = Path(cfg.data_dir), Path(cfg.out_dir)
-    meta_file, ckpt_path = data_dir / 'meta.json', out_dir / 'ckpt.pt'
-    if not meta_file.is_file():
-        if data_dir != Path('data/stdlib'):
-            raise UsageError(f'no data in {data_dir}: make it with "python prepare_data.py PATH ... --tokenizer TOKENIZER --out {data_dir}", '
-                             'or give --data_dir=data/stdlib')
-        if master:
-            prepare(['stdlib'], data_dir)
-    if master:
         out_dir.mkdir(parents=True, exist_ok=True)
-        held = lock(out_dir)  # noqa: F841, held until the process ends
-    if world > 1:  # a rank that runs other code or data, or does not see the checkpoint, would train another model without a word
-        if os.environ.get('TORCHELASTIC_MAX_RESTARTS', '0') != '0' and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
-            say('--max-restarts without TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment: a restart may fail, calling at processes that died')
-        dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo')
-        files = [Path(__file__), Path(model_py.__file__), meta_file]
-        mine = [hashlib.sha256(f.read_bytes() if f.is_file() else b'').hexdigest() for f in files]
-        mine += [repr(cfg), cfg.resume and ckpt_path.is_file() and ckpt_path.stat().st_size]
-        everyone = [None] * world
-        dist.all_gather_object(everyone, mine)
-        for i, what in enumerate(('another train.py', 'another model.py', 'another meta.json', 'another config', f'another {ckpt_path}')):
-            if others := [r for r, theirs in enumerate(everyone) if theirs[i] != everyone[0][i]]:
-                raise UsageError(f'process {", ".join(map(str, others))} has {what} than process 0: all nodes need the same files, on a shared disk or copied')
-    try:
-        meta = json.loads(meta_file.read_text())
-        vocab_size = cfg.vocab_size or -(-meta['vocab_size'] // 64) * 64
-    except (ValueError, KeyError, TypeError) as e:
-        raise UsageError(f'{meta_file} was not written by prepare_data.py ({type(e).__name__}: {e})')
+    except OSError as e:
+        raise UsageError(f'out_dir {out_dir} cannot be made ({e.strerror}): give another --out_dir')
+    check_writable(out_dir / 'ckpt.pt')
+    held = lock(out_dir)
+    if not has_data:
+        prepare(['stdlib'], data_dir)
+    return data_dir, out_dir, held
 
-    # model
-    torch.manual_seed(cfg.seed)
-    shape = {f.name: getattr(cfg, f.name) for f in fields(AdaPonderConfig) if hasattr(cfg, f.name)}
-    own = {k: shape[k] for k in ('n_iter', 'halting', 'tau', 'gate_width', 'gate_bias', 'objective', 'feedback', 'ponder_norm')}  # what a loaded backbone may be given anew
-    resumed = None
-    try:
-        if cfg.resume and ckpt_path.exists():
-            resumed = load_checkpoint(ckpt_path)
-            model = AdaPonderLM.from_state(resumed)
-        elif cfg.init_from == 'scratch':
-            model = AdaPonderLM(AdaPonderConfig(**{**shape, 'vocab_size': vocab_size}))
-        elif cfg.init_from.endswith('.pt'):
-            state = load_checkpoint(cfg.init_from)
-            model = AdaPonderLM(config_from_state(state, **own))
-            model.load_state_dict({k: v for k, v in state['model'].items() if k in model.state_dict()}, strict=False)
-        else:
-            model = AdaPonderLM.from_pretrained(cfg.init_from, **own)
-    except (ValueError, OSError) as e:
-        raise UsageError(str(e))
-    if cfg.block_size > model.cfg.block_size or meta['vocab_size'] > model.cfg.vocab_size:
-        raise UsageError(f'the model takes {model.cfg.block_size} tokens of a vocabulary of {model.cfg.vocab_size}; '
-                         f'block_size is {cfg.block_size}, the data has {meta["vocab_size"]} token ids')
-    train = Windows(data_dir, meta, 'train', cfg.block_size, model.cfg.vocab_size, cfg.seed)
-    val = Windows(data_dir, meta, 'val', cfg.block_size, model.cfg.vocab_size)
-    if cfg.verify_data:
-        verify(data_dir, meta, local_rank, int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
-    model.to(device).remat = cfg.remat
-    say(f'{sum(p.numel() for p in model.parameters()):,} parameters, {tokens_per_step:,} tokens a step, '
-        f'{max_steps:,} steps, {train.n * cfg.block_size:,} train tokens, {device}, {world} process{"es" * (world > 1)}')
 
-    # optimizer: matrices decay, vectors do not
+def make_optimizer(cfg, model, device, world):
+    """AdamW: matrices decay, vectors do not."""
     groups = [dict(params=[p for p in model.parameters() if p.dim() > 1], weight_decay=cfg.weight_decay),
               dict(params=[p for p in model.parameters() if p.dim() <= 1], weight_decay=0.0)]
     adamw = dict(lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=device.type in ('cpu', 'cuda'))
     if cfg.shard_optimizer and world > 1:
         from torch.distributed.optim import ZeroRedundancyOptimizer
-        optimizer = ZeroRedundancyOptimizer(groups, optimizer_class=torch.optim.AdamW, **adamw)
-    else:
-        optimizer = torch.optim.AdamW(groups, **adamw)
+        return ZeroRedundancyOptimizer(groups, optimizer_class=torch.optim.AdamW, **adamw)
+    return torch.optim.AdamW(groups, **adamw)
 
-    step, log_path = 0, out_dir / 'log.jsonl'
-    if resumed:
-        before, now, step = resumed['train_config'], asdict(cfg), resumed['step']
-        changed = [k for k in now if before.get(k) != now[k] and k not in ('resume', 'device', 'out_dir')]
-        fatal = [k for k in changed if k in shape or k in ('seed', 'batch_size', 'gradient_accumulation_steps')]
-        if (S0 <= step) != (resumed['ponder_start'] <= step):
-            fatal.append(f'ponder_start, in steps ({resumed["ponder_start"]}, now {S0}: the gates would act at another time)')
-        if fatal:
-            raise UsageError(f'{ckpt_path} was trained with other values of {", ".join(fatal)}: give them back, or another --out_dir, or --resume=False')
-        if {**resumed['meta'], 'source': 0} != {**meta, 'source': 0}:
-            raise UsageError(f'{ckpt_path} was trained on other data than {data_dir} now holds: give another --out_dir, or --resume=False')
-        for k in changed:
-            say(f'changed since the checkpoint: {k} = {before.get(k)!r} -> {now[k]!r}')
-        optimizer.load_state_dict(resumed['optimizer'])
-        torch.set_rng_state(resumed['rng'])
-        say(f'going on from {ckpt_path} at step {step}')
-        del resumed
+
+def load_optimizer(optimizer, state):
+    """Take over the moments of a checkpoint, but none of its settings: those are the config's."""
+    settings = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, values in zip(optimizer.param_groups, settings):
+        group.update(values)
+
+
+def clip_gradients(model, max_norm):
+    """Clip the gradient to max_norm (0: not at all). Returns its norm before that, a scalar tensor.
+
+    Gates that only watch (objective 'saving') are clipped apart, so that they do not shorten the backbone's steps.
+    """
+    parts = [], []
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            parts[model.cfg.objective == 'saving' and name.startswith('gates.')].append(p)
+    norms = [torch.nn.utils.clip_grad_norm_(part, max_norm or math.inf) for part in parts if part]
+    return torch.stack(norms).norm()
+
+
+def gate_statistics(out, tau):
+    """Of each gate, for the tokens that reached it in one micro-batch: mean value, and share under tau."""
+    values = [s.detach().float() for index, s, on, h in out.records if on is not None]  # None: no gate ran
+    return dict(gate_mean=[float(s.mean()) for s in values],
+                gate_under_tau=[float((s < tau).float().mean()) for s in values])
+
+
+def start_wandb(cfg, run_id):
+    """Begin a run of Weights & Biases, or go on in the run run_id. Returns (its log function, its id)."""
+    try:
+        import wandb
+    except ImportError:
+        raise UsageError('wandb_log needs wandb: pip install wandb')
+    out_dir = Path(os.path.expanduser(cfg.out_dir))
+    run = wandb.init(project=cfg.wandb_project, name=out_dir.name, dir=str(out_dir), config=asdict(cfg), id=run_id,
+                     resume='allow' if run_id else None)
+    return wandb.log, run.id
+
+
+def train(cfg):
+    """The whole training. Returns the exit code: 0, 1 if it gave up or could not save, 128 + a signal that came."""
+    # processes, as torchrun describes them, and the device
+    world, rank, local_rank = (int(os.environ.get(*v)) for v in (('WORLD_SIZE', 1), ('RANK', 0), ('LOCAL_RANK', 0)))
+    master = rank == 0
+    print0 = tqdm.write if master else lambda text: None
+    device = get_device(cfg.device)
+    autocast, dtype = get_autocast(device, cfg.dtype)
+    if cfg.execution not in ('dense', 'packed'):
+        raise UsageError(f"execution must be 'dense' or 'packed', not {cfg.execution!r}")
+    if cfg.gradient_accumulation_steps % world:
+        raise UsageError(f'gradient_accumulation_steps ({cfg.gradient_accumulation_steps}) must be a multiple of the '
+                         f'number of processes ({world})')
+
+    # durations, in steps
+    tokens_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size
+    max_steps = max(1, in_steps('max_steps', cfg.max_steps, tokens_per_step))
+    ponder_start, ponder_full, freeze, warmup, eval_interval, ckpt_interval = (
+        in_steps(name, getattr(cfg, name), tokens_per_step, max_steps)
+        for name in ('ponder_start', 'ponder_full', 'freeze_backbone', 'warmup', 'eval_interval', 'ckpt_interval'))
+
+    # data; the other processes wait for process 0, which may have to prepare it, in init_process_group
+    data_dir, out_dir, held = prepare_folders(cfg, master)
+    ckpt_path, log_path = out_dir / 'ckpt.pt', out_dir / 'log.jsonl'
+    resuming = cfg.resume and ckpt_path.is_file()
+    if world > 1:
+        dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo')
+        files = {'train.py': Path(__file__), 'model.py': Path(model_py.__file__), 'meta.json': data_dir / 'meta.json'}
+        hashes = {name: path.is_file() and file_sha256(path) for name, path in files.items()}
+        check_same(world, **hashes, config=repr(cfg), checkpoint=resuming and ckpt_path.stat().st_size)
+    meta = load_meta(data_dir)
+    if cfg.verify_data:
+        verify(data_dir, meta, local_rank, int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+
+    # model
+    torch.manual_seed(cfg.seed)
+    state = load_checkpoint(ckpt_path) if resuming else {}
+    changes = check_resume(ckpt_path, state, cfg, meta, ponder_start) if resuming else []
+    model = AdaPonderLM.from_state(state, ckpt_path) if resuming else initial_model(cfg, meta)
+    if cfg.block_size > model.cfg.block_size or meta['vocab_size'] > model.cfg.vocab_size:
+        raise UsageError(f'the model takes {model.cfg.block_size} tokens of a vocabulary of {model.cfg.vocab_size}; '
+                         f'block_size is {cfg.block_size}, the data has {meta["vocab_size"]} token ids')
+    train_data = Windows(data_dir, meta, 'train', cfg.block_size, model.cfg.vocab_size, cfg.seed)
+    val_data = Windows(data_dir, meta, 'val', cfg.block_size, model.cfg.vocab_size)
+    model.to(device).remat = cfg.remat
+    schedule = HaltingSchedule(model.cfg, max_steps, ponder_start, ponder_full, cfg.k_max, cfg.ponder_lambda,
+                               cfg.explore, freeze, cfg.seed)
+    if model.gates and ponder_full < schedule.acting < max_steps:
+        raise UsageError(f'ponder_full (step {ponder_full}) lies before step {schedule.acting}, where gates begin to '
+                         'act: ponder_start, and freeze_backbone after it')
+    print0(f'{sum(p.numel() for p in model.parameters()):,} parameters, {tokens_per_step:,} tokens a step, '
+           f'{max_steps:,} steps, {train_data.n * cfg.block_size:,} train tokens, {device}, '
+           f'{world} process{"es" if world > 1 else ""}')
+    if dtype is torch.bfloat16 and device.type == 'cpu' and (slowdown := bfloat16_slowdown()) > 2:
+        print0(f'this CPU multiplies matrices {slowdown:.0f} times more slowly in bfloat16: give --dtype=float32')
+
+    # optimizer, resume
+    optimizer = make_optimizer(cfg, model, device, world)
+    step, wandb_id = state.get('step', 0), state.get('wandb_id')
+    if resuming:
+        load_optimizer(optimizer, state['optimizer'])
+        for line in (*changes, f'going on from {ckpt_path} at step {step}'):
+            print0(line)
+    del state
+    wandb_log = None
     if master:
-        kept = []  # of the log: what was written before the checkpoint; a last line may be torn
-        for line in log_path.read_text().splitlines() if step and log_path.is_file() else []:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if record['step'] < step + ('loss' in record):
-                kept.append(line + '\n')
-        log_path.write_text(''.join(kept))
+        trim_log(log_path, step)
         for name in ('meta.json', 'tokenizer.tiktoken', 'tokenizer.json'):  # so that sampling needs nothing but out_dir
             if (data_dir / name).is_file():
                 shutil.copyfile(data_dir / name, out_dir / name)
+        if cfg.wandb_log:
+            wandb_log, wandb_id = start_wandb(cfg, wandb_id)
     if cfg.compile and device.type == 'cuda':
-        model.backbone = torch.compile(model.backbone)  # one graph, used by all iterations
+        torch._dynamo.config.optimize_ddp = False  # blocks are compiled one by one, there is no graph to split
+        torch._dynamo.config.recompile_limit = 64  # all blocks share about ten graphs: stages, evaluation, with a mask
+        for block in model.blocks:
+            block.compile()
 
-    saving = bool(model.gates) and model.cfg.objective == 'saving'
-
-    def phase(step):
-        """What learns at this step: gates that neither act nor learn yet stay out of the optimizer and of DDP's buckets."""
+    def learning(step):
+        """What learns at this step. Gates that neither act nor learn yet stay out of the optimizer and of DDP."""
         if not model.gates:
             return 'all'
-        if step < S0:
-            return 'all' if saving else 'backbone'
-        return 'gates' if step < S0 + freeze else 'all'
+        if step < ponder_start:
+            return 'all' if model.cfg.objective == 'saving' else 'backbone'
+        return 'gates' if step < ponder_start + freeze else 'all'
 
     def largest(number):
-        """That of all processes, so that they decide alike."""
+        """The largest of all processes' numbers, so that they decide alike."""
         number = torch.tensor(number)
         if world > 1:
             dist.all_reduce(number, dist.ReduceOp.MAX)
         return int(number)
 
     def checkpoint():
-        """False if it could not be written."""
-        if isinstance(optimizer, torch.optim.AdamW):
-            state = optimizer.state_dict()
-        else:
+        """Save everything that a resume needs. False if it could not be written."""
+        if not isinstance(optimizer, torch.optim.AdamW):
             optimizer.consolidate_state_dict(to=0)
-            state = optimizer.state_dict() if master else None
         return not master or save_checkpoint(ckpt_path, dict(
-            adaponder=1, config=asdict(model.cfg), model=model.state_dict(), meta=meta, optimizer=state, step=step,
-            rng=torch.get_rng_state(), train_config=asdict(cfg), ponder_start=S0))
+            adaponder=1, config=asdict(model.cfg), model=model.state_dict(), optimizer=optimizer.state_dict(),
+            step=step, meta=meta, train_config=asdict(cfg), ponder_start=ponder_start, wandb_id=wandb_id))
 
     def log(record):
-        if master:
-            try:
-                with open(log_path, 'a') as f:
-                    f.write(json.dumps(record) + '\n')
-            except OSError as e:
-                say(f'{log_path} not written ({e})')
-            if wandb:
-                wandb.log(record, step=record['step'])
-
-    wandb = None
-    if cfg.wandb_log and master:
+        if not master:
+            return
         try:
-            import wandb
-        except ImportError:
-            raise UsageError('wandb_log needs wandb: pip install wandb', here=True)
-        wandb.init(project=cfg.wandb_project, name=out_dir.name, config=asdict(cfg), dir=str(out_dir))
+            with open(log_path, 'a', encoding='utf-8') as f:
+                f.write(json.dumps(record) + '\n')
+        except OSError as e:
+            print0(f'{log_path} not written ({e})')
+        if wandb_log:
+            wandb_log(record, step=record['step'])
 
-    stop = []  # Ctrl-C and SIGTERM: drop the step, save, leave; a second Ctrl-C leaves at once
+    stop_signals = []  # of Ctrl-C and SIGTERM: drop the step, save, leave; a second Ctrl-C leaves at once
 
     def on_signal(number, frame):
-        stop.append(number)
+        stop_signals.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
     handlers = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
 
-    n_micro = cfg.gradient_accumulation_steps // world  # micro-batches of this process
-    micro_batches = read_ahead(lambda n: train.train_batch(n, cfg.batch_size), count(step * cfg.gradient_accumulation_steps + rank, world))
-    peak = peak_flops(device)
-    if bf16 and device.type == 'cpu' and (slower := peak / peak_flops(device, torch.bfloat16)) > 2:  # no AVX-512: emulated
-        say(f'this CPU multiplies matrices {slower:.0f} times more slowly in bfloat16 than in float32: give --dtype=float32')
-    net, learning, leaving, skipped, saved, seconds, waited, done = model, None, 0, 0, True, 0.0, 0.0, step
+    def read(n):
+        """Micro-batch number n of the run, in memory that a GPU can copy from while it computes."""
+        x = train_data.train_batch(n, cfg.batch_size)
+        return x.pin_memory() if device.type == 'cuda' else x
+    n_micro = cfg.gradient_accumulation_steps // world  # micro-batches a step of this process
+    micro_batches = read_ahead(read, count(step * cfg.gradient_accumulation_steps + rank, world))
+    # a gate that no token reaches has no gradient, but DDP waits for one, and AdamW must see 0 alike on all processes
+    maybe_idle = [p for part in (model.gates, model.ln_ponder) for p in part.parameters()]
+    peak = gpu_peak(torch.cuda.get_device_name(device), dtype) if device.type == 'cuda' else None
+    net, learns, stopped_by, bad_steps, saved = model, None, 0, 0, True
+    seconds, logged_step, first_step = 0.0, step, step
     bar = tqdm(total=max_steps, initial=step, disable=None if master else True, dynamic_ncols=True, smoothing=0.05)
 
     while True:
-        now = phase(step)
-        acting = bool(model.gates) and step >= act
-        halting = None if acting else False
-        if (step % max(1, eval_interval) == 0 and step > 0) or step >= max_steps:
-            result = evaluate(model, val, cfg, device, autocast, halting, rank, world)
-            say(f'step {step}: val loss {result["loss"]:.4f}, ppl {result["ppl"]:.3f}, mean depth {result["depth"]:.2f} of {model.cfg.n_iter}, '
-                f'ran iteration 1..: {" ".join(f"{a:.0%}" for a in result["active"])}, inference FLOPs saved {result["flops_saved"]:.1%}')
-            log(dict(step=step, tokens=step * tokens_per_step, **{'val_' + k: v for k, v in result.items()}))
+        # evaluate
+        acting = bool(model.gates) and step >= schedule.acting
+        if (eval_interval and step % eval_interval == 0 and step > 0) or step >= max_steps:
+            result = evaluate(model, val_data, cfg, device, autocast, acting, rank, world)
+            active = ' '.join(f'{a:.0%}' for a in result['active'])
+            print0(f'step {step}: val loss {result["loss"]:.4f}, ppl {result["ppl"]:.3f}, '
+                   f'mean depth {result["depth"]:.2f} of {model.cfg.n_iter}, ran iteration 1..: {active}, '
+                   f'inference FLOPs saved {result["flops_saved"]:.1%}')
+            log(dict(step=step, tokens=step * tokens_per_step, **{f'val_{k}': v for k, v in result.items()}))
         if step >= max_steps:
             break
-        if now != learning:
+
+        # who learns, and how fast
+        if learns != learning(step):
+            learns = learning(step)
             for name, p in model.named_parameters():
-                p.requires_grad_(now == 'all' or (now == 'gates') == name.startswith('gates.'))
+                p.requires_grad_(learns == 'all' or (learns == 'gates') == name.startswith('gates.'))
                 p.grad = None
             net = model  # let go of the old DDP first: its hooks leave with it
             if world > 1:
-                net = DDP(model, device_ids=[local_rank] if device.type == 'cuda' else None, gradient_as_bucket_view=True)
-            learning = now
-            packed = bool(model.gates) and now != 'backbone' and (cfg.execution == 'packed' or (
-                cfg.execution == 'auto' and device.type == 'cpu' and model.cfg.objective != 'paper' and not cfg.remat))
-
-        started = time.time()
-        lr = cfg.learning_rate * min(1.0, (step + 1) / max(1, warmup)) * (
-            cfg.final_lr + (1 - cfg.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max_steps))))
+                gpus = [device] if device.type == 'cuda' else None
+                net = DDP(model, device_ids=gpus, gradient_as_bucket_view=True)
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / max_steps)))
+        lr = cfg.learning_rate * min(1.0, (step + 1) / max(1, warmup)) * (cfg.final_lr + (1 - cfg.final_lr) * cosine)
         for group in optimizer.param_groups:
             group['lr'] = lr
-        ramp = min(1.0, max(0.0, (step - act) / max(1, S1 - act)))
-        k = cfg.k_max * (ramp * (2 - ramp) if saving else ramp)  # a price that is still rising when k stops would overshoot
-        fade = min(1.0, (max_steps - step) / max(1, max_steps - S1))  # explorers leave keys and values that inference will not see: none at the end
 
-        totals = torch.zeros(5, device=device)  # loss, ce, ponder loss, depth, share of gated iterations that the free tokens did not run
+        # forward and backward of this process's micro-batches
+        started = time.time()
+        sums = torch.zeros(4, device=device)  # cross entropy, gates' loss, depth, halted
         for j in range(n_micro):
-            if leaving := largest(max(stop, default=0)):
+            if stopped_by := largest(max(stop_signals, default=0)):
                 break
-            t = time.time()
-            x = next(micro_batches)
-            waited += time.time() - t
-            x, explore = x.to(device, non_blocking=True), None
-            if saving:  # whoever is not free to halt
-                draw = np.random.default_rng([cfg.seed, 1, (step * n_micro + j) * world + rank]).random((len(x), cfg.block_size))
-                explore = torch.from_numpy(draw < 1 - (1 - cfg.explore * fade) * ramp).to(device)
+            x = next(micro_batches).to(device, non_blocking=True)
+            micro = j * world + rank  # the same micro-batch has the same number however many processes there are
             with net.no_sync() if world > 1 and j + 1 < n_micro else nullcontext():
                 with autocast():
-                    out = net(x[:, :-1], x[:, 1:], 'packed' if packed else 'dense', halting=None if saving else halting, k=torch.tensor(k, device=device),
-                              ponder_lambda=cfg.ponder_lambda, explore=explore)
-                loss = out.loss / n_micro
-                if packed:  # where all tokens halt the later gates do not run; DDP waits for their gradient, and AdamW must see 0
-                    loss = loss + 0 * sum(p.sum() for part in (model.gates, model.ln_ponder) for p in part.parameters())
-                loss.backward()
-            depth = out.depth.float()
-            free = torch.ones_like(depth) if explore is None else ~explore
-            halted = ((model.cfg.n_iter - depth) * free).sum() / free.sum().clamp(min=1) / max(1, model.cfg.n_iter - 1)
-            totals += torch.stack([out.loss.detach(), out.ce_loss.detach(), out.ponder_loss.detach(), depth.mean(), halted]) / n_micro
-        if leaving:
+                    out = net(x[:, :-1], x[:, 1:], execution=cfg.execution, **schedule.at(step, micro))
+                loss = out.loss + 0 * sum(p.sum() for p in maybe_idle)
+                (loss / n_micro).backward()
+            halted = schedule.halted(step, out.depth, micro)
+            numbers = out.ce_loss.detach(), out.ponder_loss.detach(), out.depth.float().mean(), halted
+            sums += torch.stack(numbers) / n_micro
+        if stopped_by:
             saved = checkpoint()
             break
-        parts = [], []
-        for name, p in model.named_parameters():
-            if p.grad is not None:
-                parts[saving and name.startswith('gates.')].append(p)  # gates that only watch do not shorten the others' step
-        norm = math.hypot(*(float(torch.nn.utils.clip_grad_norm_(part, cfg.grad_clip)) for part in parts))
+
+        # update; the numbers of the step come to the CPU in one go
+        norm = clip_gradients(model, cfg.grad_clip)
+        if world > 1:
+            dist.all_reduce(sums)
+        loss, gate_loss, depth, halted, norm = torch.cat([sums / world, norm[None].to(sums)]).tolist()
         if math.isfinite(norm):  # after DDP's sum a bad rank shows on all ranks: they agree without asking
             optimizer.step()
-            skipped = 0
+            schedule.update(step, halted=halted)
+            bad_steps = 0
         else:
-            skipped += 1
-            say(f'step {step}: the gradient is not finite, step skipped ({skipped} in a row)')
+            bad_steps += 1
+            print0(f'step {step}: the gradient is not finite, step skipped ({bad_steps} in a row)')
         optimizer.zero_grad(set_to_none=True)
         step += 1
         seconds += time.time() - started
         bar.update()
 
-        logging = step % cfg.log_interval == 0 or step == max_steps
-        if world > 1 and (logging or saving):
-            dist.all_reduce(totals)
-        if saving and acting:  # the price of a pass rises until the share k does not run
-            model.cfg.tau = min(0.999, max(1e-6, model.cfg.tau * math.exp(k - float(totals[4]) / world)))
-        if logging:
-            loss, ce, ponder, depth, halted = (totals / world).tolist()
-            speed = (step - done) * tokens_per_step / seconds
-            flops = replace(model.cfg, halting=bool(model.gates) and now != 'backbone').inference_flops(
-                depth if packed else model.cfg.n_iter, (cfg.block_size + 1) / 2)  # a token forward; backward: twice that, or once for gates alone
-            mfu = speed * flops * (2 if now == 'gates' else 3) / (peak * world)
-            line = f'loss {loss:.3f} depth {depth:.2f} {speed / 1e3:.1f}k tok/s MFU {mfu:.0%}'
+        # log
+        if step % cfg.log_interval == 0 or step == max_steps:
+            speed = (step - logged_step) * tokens_per_step / seconds
+            # FLOPs a token: backward takes twice those of forward, or once for gates alone
+            cfg_run = replace(model.cfg, halting=bool(model.gates) and learns != 'backbone')
+            depth_run = depth if cfg.execution == 'packed' else model.cfg.n_iter
+            flops = cfg_run.inference_flops(depth_run, (cfg.block_size + 1) / 2) * (2 if learns == 'gates' else 3)
+            mfu = speed * flops / (peak * world) if peak else None
+            line = f'loss {loss:.3f} depth {depth:.2f} {speed / 1e3:.1f}k tok/s' + (f' MFU {mfu:.0%}' if mfu else '')
             bar.set_postfix_str(line)
-            if bar.disable:  # not on a terminal
-                say(f'step {step}: {line}')
-            gates = [out.gates[..., i][out.depth > i] for i in range(out.gates.size(-1))] if now != 'backbone' else []
-            gates = [g.sort().values for g in gates if len(g)]  # of the tokens that reached them, process 0's last micro-batch
-            log(dict(step=step, tokens=step * tokens_per_step, loss=loss, ce=ce, ponder_loss=ponder, depth=depth, halted=halted, lr=lr, k=k, tau=model.cfg.tau, grad_norm=norm,
-                     tokens_per_second=speed, mfu=mfu, waited=waited / seconds, memory=peak_memory(device), gate_mean=[float(g.mean()) for g in gates],
-                     gate_under_tau=[float((g < model.cfg.tau).float().mean()) for g in gates],
-                     gate_bottom_k=[float(g[:max(1, round(k * len(g)))].mean()) for g in gates]))
-            seconds, waited, done = 0.0, 0.0, step
-        if skipped == 10:
-            bar.close()
-            say('ten steps in a row without a finite gradient: stopped; try a smaller learning_rate'
-                + f'; {ckpt_path} holds the last good state' * ckpt_path.is_file())
-            raise SystemExit(1)
-        if (step % max(1, ckpt_interval) == 0 and not skipped) or step == max_steps:
+            if bar.disable:  # not on a terminal: plain lines, the first one with the time to go
+                to_go = tqdm.format_interval((max_steps - step) * seconds / (step - logged_step))
+                print0(f'step {step}: {line}' + (f', about {to_go} to go' if logged_step == first_step else ''))
+            log(dict(step=step, tokens=step * tokens_per_step, loss=loss, gate_loss=gate_loss, depth=depth,
+                     halted=halted, lr=lr, k=schedule.k(step - 1), tau=model.cfg.tau, grad_norm=norm,
+                     tokens_per_second=speed, mfu=mfu, **gate_statistics(out, model.cfg.tau)))
+            seconds, logged_step = 0.0, step
+        if bad_steps == 10:
+            print0('ten steps in a row without a finite gradient: stopped; try a smaller learning_rate'
+                   + (f'; {ckpt_path} holds the last good state' if ckpt_path.is_file() else ''))
+            saved = False
+            break
+        if (ckpt_interval and step % ckpt_interval == 0 and not bad_steps) or step == max_steps:
             saved = checkpoint()
 
+    # leave
     bar.close()
     micro_batches.close()
     for s, handler in handlers.items():
         signal.signal(s, handler)
-    if leaving:
-        say(f'stopped at step {step}' + (f'; the same command goes on from {ckpt_path}' if saved else ', not saved'))
-    elif master:
-        say(f'\n{out_dir}: val loss {result["loss"]:.4f} nats/token (perplexity {result["ppl"]:.3f}), mean depth {result["depth"]:.2f} of {model.cfg.n_iter}, '
-            f'{sum(1 - a for a in result["active"][1:]) / max(1, model.cfg.n_iter - 1):.1%} of the gated iterations halted, '
-            f'inference FLOPs saved against fixed depth: {result["flops_saved"]:.1%}')
-        say(f'see which tokens it thought longer about: python sample.py --ckpt {ckpt_path} --depth')
+    if stopped_by:
+        print0(f'stopped at step {step}' + (f'; the same command goes on from {ckpt_path}' if saved else ', not saved'))
+    elif master and bad_steps < 10:
+        halted = sum(1 - a for a in result['active'][1:]) / max(1, model.cfg.n_iter - 1)
+        print0(f'\n{out_dir}: val loss {result["loss"]:.4f} nats/token (perplexity {result["ppl"]:.3f}), mean depth '
+               f'{result["depth"]:.2f} of {model.cfg.n_iter}, {halted:.1%} of the iterations after the first halted, '
+               f'inference FLOPs saved against fixed depth: {result["flops_saved"]:.1%}')
+        print0(f'see how long it thought about each token: python sample.py --ckpt {ckpt_path} --depth')
         if cfg.sample_tokens:
-            model.__dict__.pop('backbone', None)  # the compiled one wants whole sequences
-            enc = load_tokenizer(meta, data_dir)
-            prompt = val.tokens(0, min(32, cfg.block_size)).tolist()
-            steps = model.stream([prompt], cfg.sample_tokens, temperature=0.8, top_k=50, generator=torch.Generator().manual_seed(cfg.seed))
-            say(f'\n{enc.decode(prompt)}|{enc.decode([s.token for s in steps if s.token < meta["vocab_size"]])}\n')
-    if world > 1:
-        dist.destroy_process_group()
+            print0('\n' + closing_sample(model, cfg, val_data, meta, data_dir) + '\n')
     if not saved:
-        raise SystemExit(1)
-    if leaving:  # what waits for a finished run (&&, afterok) must not start
-        raise SystemExit(128 + leaving)
+        return 1
+    return 128 + stopped_by if stopped_by else 0  # what waits for a finished run (&&, afterok) must not start
+
+
+def end_processes():
+    """Leave the process group: its threads, if they outlive the interpreter, may abort and spoil the exit code."""
+    if dist.is_available() and dist.is_initialized():
+        gc.collect()  # DDP lies in reference cycles and holds the group
+        dist.destroy_process_group()
+
+
+def main(argv=None):
+    cfg = load_config(sys.argv[1:] if argv is None else argv)
+    try:
+        code = train(cfg)
+    except torch.cuda.OutOfMemoryError:
+        raise UsageError('the GPU has too little memory: lower batch_size and raise gradient_accumulation_steps, '
+                         'or give --remat=True, and --shard_optimizer=True with several')
+    except UsageError:  # all of these are raised before the first step, so no other process waits for this one's
+        end_processes()
+        raise
+    end_processes()
+    if code:
+        raise SystemExit(code)
 
 
 if __name__ == '__main__':
-    try:
-        main(sys.argv[1:])
-    except ValueError as e:  # what model.py and the data reader refuse
-        raise UsageError(str(e), here=True)
-    except KeyboardInterrupt:
-        raise SystemExit(130)
+    command_line(main)

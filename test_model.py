@@ -173,12 +173,12 @@ def cached(model, tokens, n, **kw):
                               for name in ('logits', 'depth', 'gates')})
 
 
-PAPER, SAVING = dict(objective='paper'), dict(objective='saving', tau=0.3)
+PAPER, SAVES = dict(objective='paper'), dict(objective='saving', tau=0.3)
 
 
 @pytest.mark.parametrize('kw', [
-    SAVING, PAPER, dict(n_iter=1), dict(halting=False), dict(scale_embeds=False, rotary_pct=0.25, n_iter=3),
-    dict(feedback='hidden'), dict(ponder_norm=True, **PAPER), dict(ponder_norm=True, feedback='hidden', **SAVING),
+    SAVES, PAPER, dict(n_iter=1), dict(halting=False), dict(scale_embeds=False, rotary_pct=0.25, n_iter=3),
+    dict(feedback='hidden'), dict(ponder_norm=True, **PAPER), dict(ponder_norm=True, feedback='hidden', **SAVES),
     dict(ponder_norm=True, halting=False), dict(multiply_pondering_steps=True), dict(rotary_pct=0.0, gate_width=0.3),
     dict(multiply_pondering_steps=True, halting=False, n_iter=3), dict(multiply_pondering_steps=True, n_iter=1)])
 def test_three_executions_equal_the_naive_reference(kw):
@@ -196,7 +196,7 @@ def test_three_executions_equal_the_naive_reference(kw):
 
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('precision', ['float64', 'float32', 'bfloat16', 'autocast'])
-@pytest.mark.parametrize('kw', [PAPER, dict(ponder_norm=True, **SAVING), dict(halting=False)])
+@pytest.mark.parametrize('kw', [PAPER, dict(ponder_norm=True, **SAVES), dict(halting=False)])
 @torch.no_grad()
 def test_dense_packed_cached_agree_under_random_policies(kw, precision, device):
     torch.set_float32_matmul_precision('highest')  # no TF32
@@ -222,7 +222,7 @@ def test_dense_packed_cached_agree_under_random_policies(kw, precision, device):
 @torch.no_grad()
 def test_arguments_of_the_halting_decision():
     """tau, max_iter and halting=False do what the policies do that say the same."""
-    m = tiny(**SAVING)
+    m = tiny(**SAVES)
     x = random_tokens(2, 20, seed=2)
     for kw, policy in [(dict(tau=0.5), lambda i, s, h, row, pos: s >= 0.5),
                        (dict(max_iter=2), lambda i, s, h, row, pos: (s >= 0.3) & (i < 1)),
@@ -244,14 +244,14 @@ def test_arguments_of_the_halting_decision():
     assert seen[2] == (2, 7, (7, 32), [1] * 7, [*range(7)])  # a policy sees the tokens that run, and no others
 
 
-@pytest.mark.parametrize('kw', [PAPER, SAVING])
+@pytest.mark.parametrize('kw', [PAPER, SAVES])
 def test_all_tokens_may_halt_at_once(kw):
     m = AdaPonderLM(AdaPonderConfig(vocab_size=50304, block_size=16, n_layer=1, n_head=2, n_embd=16, **kw))
     x = random_tokens(2, 5, vocab=50304)
     for execution, grad, y in itertools.product(('dense', 'packed'), (True, False), (x, torch.full_like(x, -100))):
         with torch.set_grad_enabled(grad):
             out = m(x, y, execution=execution, tau=0.999, k=0.5)
-        assert (out.depth == 1).all() and torch.isfinite(out.loss)
+        assert (out.depth == 1).all() and len(out.records) == 1 and torch.isfinite(out.loss)
         if grad:
             out.loss.backward()
     assert (cached(m, x, 2, tau=0.999).depth == 1).all() and m.generate(x, 3, tau=0.999).shape == (2, 8)
@@ -322,8 +322,8 @@ def distance_of(a, b):
 
 
 @pytest.mark.parametrize('device', DEVICES)
-@pytest.mark.parametrize('kw', [PAPER, dict(ponder_norm=True, early_ce=0.2, **PAPER), dict(feedback='hidden', **SAVING),
-                                dict(ponder_norm=True, early_ce=0.2, **SAVING)])
+@pytest.mark.parametrize('kw', [PAPER, dict(ponder_norm=True, early_ce=0.2, **PAPER), dict(feedback='hidden', **SAVES),
+                                dict(ponder_norm=True, early_ce=0.2, **SAVES)])
 def test_execution_remat_and_chunks_change_no_gradient(kw, device):
     m = tiny(device=device, **kw)
     x, y = random_tokens(2, 2, 24, seed=7, device=device)
@@ -384,7 +384,7 @@ def test_paper_loss_is_the_mean_of_the_smallest(k):
 @pytest.mark.parametrize('feedback, ponder_norm', [('embedding', False), ('hidden', False), ('embedding', True)])
 def test_saving_loss_is_what_going_on_saved(feedback, ponder_norm, execution):
     """Token by token: (what it would have lost after an iteration - what it lost) / iterations that it made since."""
-    m = tiny(feedback=feedback, ponder_norm=ponder_norm, **SAVING)
+    m = tiny(feedback=feedback, ponder_norm=ponder_norm, **SAVES)
     if execution == 'packed':
         m.chunks = lambda h: 3
     x, y = random_tokens(2, 2, 20, seed=5)
@@ -419,7 +419,7 @@ def test_saving_loss_is_what_going_on_saved(feedback, ponder_norm, execution):
 
 @pytest.mark.parametrize('execution', ['dense', 'packed'])
 def test_early_ce_is_the_cross_entropy_after_each_iteration(execution):
-    m = tiny(early_ce=0.3, **SAVING)
+    m = tiny(early_ce=0.3, **SAVES)
     x, y = random_tokens(2, 2, 20, seed=9)
     y[0, 3], y[1, 7:9] = -1, -100
 
@@ -445,7 +445,7 @@ def spread(N, U, seed):
     return h
 
 
-def counted(function, name, calls):
+def recorded(function, name, calls):
     def call(*args, **kw):
         calls.add(name)
         return function(*args, **kw)
@@ -462,7 +462,7 @@ def test_pondering_embedding_and_its_gradients(vocab, N, chunks, way, ponder_nor
         m.chunks = lambda h: chunks
     ways = set()
     for module, name in ((model_py.F, 'scaled_dot_product_attention'), (model_py, 'checkpoint')):
-        monkeypatch.setattr(module, name, counted(getattr(module, name), name, ways))
+        monkeypatch.setattr(module, name, recorded(getattr(module, name), name, ways))
     h = spread(N, m.unembed.weight.detach(), 12).requires_grad_()
     g = torch.randn(N, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(device)
     message = h * m.ln_ponder.weight + m.ln_ponder.bias if ponder_norm else h
@@ -572,7 +572,7 @@ def generate_uncached(m, idx, n, generator, temperature=1.0, top_k=None, top_p=N
 
 
 @pytest.mark.parametrize('device', DEVICES)
-@pytest.mark.parametrize('config', [PAPER, dict(vocab_size=64, ponder_norm=True, **SAVING), dict(halting=False)])
+@pytest.mark.parametrize('config', [PAPER, dict(vocab_size=64, ponder_norm=True, **SAVES), dict(halting=False)])
 @pytest.mark.parametrize('kw', [dict(temperature=0), dict(top_k=20, top_p=0.9), dict(temperature=0.7, max_iter=2),
                                 dict(tau=0.5), dict(policy=random_policy(0.5))])
 def test_generate_is_the_same_with_a_cache_and_without(kw, config, device):

@@ -39,8 +39,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import model as model_py
 from model import AdaPonderConfig, AdaPonderLM, HaltingSchedule, load_checkpoint
-from prepare_data import (UsageError, check_writable, command_line, file_sha256, load_tokenizer, lock, prepare,
-                          write_beside)
+from prepare_data import (UsageError, check_writable, command_line, file_sha256, load_tokenizer, lock, optional,
+                          prepare, write_beside)
 
 Duration = int | str  # a number of steps, or '1000 steps', '1.2B tokens', '40%' (of max_steps)
 
@@ -112,10 +112,10 @@ class TrainConfig:
 
 
 # Smallest and largest value of the numeric fields; those that are not here may be 0 to 2^31 - 1
-RANGES = dict(k_max=(0, 1), explore=(0, 1), tau=(0, 1), final_lr=(0, 1), beta1=(0, 1), beta2=(0, 1),
-              block_size=(1, 2 ** 20), n_layer=(1, 2 ** 20), n_head=(1, 2 ** 20), n_embd=(1, 2 ** 20),
-              n_iter=(1, 2 ** 20), batch_size=(1, 2 ** 20), gradient_accumulation_steps=(1, 2 ** 20),
-              log_interval=(1, 2 ** 20), gate_width=(0, 1024), gate_bias=(-100, 100))
+RANGES = dict.fromkeys(('k_max', 'explore', 'tau', 'final_lr', 'beta1', 'beta2'), (0, 1))
+RANGES |= dict.fromkeys(('block_size', 'n_layer', 'n_embd', 'n_iter', 'batch_size', 'gradient_accumulation_steps',
+                         'log_interval'), (1, 2 ** 20))
+RANGES['gate_bias'] = (-100, 100)
 
 # What nanoGPT calls our fields
 OTHER_NAMES = dict(lr='learning_rate', min_lr='final_lr', warmup_iters='warmup', max_iters='max_steps',
@@ -458,15 +458,14 @@ def check_resume(path, state, cfg, meta, start):
 
 
 def trim_log(path, step):
-    """Leave in log.jsonl what was written before the checkpoint of this step; lines may be torn."""
+    """Leave in log.jsonl what was written up to the checkpoint of this step; lines may be torn."""
     valid = []
     for line in path.read_text(encoding='utf-8').splitlines() if step and path.is_file() else []:
         try:
-            record = json.loads(line)
+            if json.loads(line)['step'] <= step:
+                valid.append(line + '\n')
         except ValueError:
-            continue
-        if record['step'] < step + ('loss' in record):  # this step's evaluation is made again
-            valid.append(line + '\n')
+            pass
     write_beside(path, ''.join(valid).encode())
 
 
@@ -558,10 +557,7 @@ def train(cfg):
             if (data_dir / name).is_file():
                 shutil.copyfile(data_dir / name, out_dir / name)
         if cfg.wandb_log:
-            try:
-                import wandb
-            except ImportError:
-                raise UsageError('wandb_log needs wandb: pip install wandb')
+            wandb = optional('wandb', '--wandb_log=True')
             run = wandb.init(project=cfg.wandb_project, name=out_dir.name, dir=str(out_dir), config=asdict(cfg),
                              id=wandb_id, resume='allow' if wandb_id else None)
             wandb_id = run.id
@@ -592,18 +588,6 @@ def train(cfg):
             tmp.unlink(missing_ok=True)
             return False
 
-    def log(**record):
-        if not master:
-            return
-        record = dict(step=step, tokens=step * tokens_per_step, **record)
-        try:
-            with open(log_path, 'a', encoding='utf-8') as f:
-                f.write(json.dumps(record) + '\n')
-        except OSError as e:
-            print0(f'{log_path} not written ({e})')
-        if cfg.wandb_log:
-            wandb.log(record, step=step)
-
     stop_signals = []  # of Ctrl-C and SIGTERM: drop the step, save, leave; a second Ctrl-C leaves at once
 
     def on_signal(number, frame):
@@ -623,17 +607,7 @@ def train(cfg):
     peak = gpu_peak(torch.cuda.get_device_name(device), dtype) if device.type == 'cuda' else None
     phase, bad_steps, saved, seconds, logged_step = None, 0, True, 0.0, step
 
-    while True:
-        # evaluate
-        acting = bool(model.gates) and step >= schedule.acting
-        if (eval_interval and step % eval_interval == 0 and step > 0) or step >= max_steps:
-            result = evaluate(model, val_data, cfg, device, autocast, acting, rank, world)
-            print0(f'step {step}: val loss {result["loss"]:.4f}, ppl {result["ppl"]:.3f}, mean depth '
-                   f'{result["depth"]:.2f} of {model.cfg.n_iter}, inference FLOPs saved {result["flops_saved"]:.1%}')
-            log(**{f'val_{k}': v for k, v in result.items()})
-        if step >= max_steps:
-            break
-
+    while step < max_steps:
         # what learns, and how fast
         old_phase, phase = phase, 'all'
         if model.gates and ponder_start <= step < ponder_start + freeze:
@@ -693,7 +667,8 @@ def train(cfg):
         step += 1
         seconds += time.time() - started
 
-        # log
+        # log, evaluate
+        record = {}
         if step % cfg.log_interval == 0 or step == max_steps:
             speed = (step - logged_step) * tokens_per_step / seconds
             to_go = timedelta(seconds=round((max_steps - step) * tokens_per_step / speed))
@@ -706,11 +681,26 @@ def train(cfg):
                    + (f'MFU {mfu:.0%}, ' if mfu else '') + f'{to_go} to go')
             # of each gate, for the tokens that reached it in the last micro-batch: mean value, and share under tau
             gates = [s.detach().float() for index, s, on, h in out.records if on is not None]
-            log(loss=loss, gate_loss=gate_loss, depth=depth, halted=halted, lr=lr, k=schedule.k(step - 1),
-                tau=model.cfg.tau, grad_norm=norm, tokens_per_second=speed, mfu=mfu,
-                gate_mean=[float(s.mean()) for s in gates],
-                gate_under_tau=[float((s < model.cfg.tau).float().mean()) for s in gates])
+            record |= dict(loss=loss, gate_loss=gate_loss, depth=depth, halted=halted, lr=lr, k=schedule.k(step - 1),
+                           tau=model.cfg.tau, grad_norm=norm, tokens_per_second=speed, mfu=mfu,
+                           gate_mean=[float(s.mean()) for s in gates],
+                           gate_under_tau=[float((s < model.cfg.tau).float().mean()) for s in gates])
             seconds, logged_step = 0.0, step
+        if (eval_interval and step % eval_interval == 0) or step == max_steps:
+            acting = bool(model.gates) and step >= schedule.acting
+            result = evaluate(model, val_data, cfg, device, autocast, acting, rank, world)
+            print0(f'step {step}: val loss {result["loss"]:.4f}, ppl {result["ppl"]:.3f}, mean depth '
+                   f'{result["depth"]:.2f} of {model.cfg.n_iter}, inference FLOPs saved {result["flops_saved"]:.1%}')
+            record |= {f'val_{k}': v for k, v in result.items()}
+        if record and master:
+            record = dict(step=step, tokens=step * tokens_per_step, **record)
+            try:
+                with open(log_path, 'a', encoding='utf-8') as f:
+                    f.write(json.dumps(record) + '\n')
+            except OSError as e:
+                print0(f'{log_path} not written ({e})')
+            if cfg.wandb_log:
+                wandb.log(record, step=step)
         if bad_steps == 10:
             print0(f'stopped: no finite gradient in ten steps, try a smaller learning_rate; {ckpt_path} is from before')
             return 1

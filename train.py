@@ -26,7 +26,7 @@ import shutil
 import sys
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
@@ -499,8 +499,9 @@ def train(cfg):
     if not has_data and (cfg.init_from != 'scratch' or cfg.data_dir != TrainConfig.data_dir):
         raise UsageError(f'no data in {data_dir}: run "python prepare_data.py PATH ... --out {data_dir}"')
     if master:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        check_writable(out_dir / 'ckpt.pt')
+        with suppress(OSError):
+            out_dir.mkdir(parents=True, exist_ok=True)
+        check_writable(out_dir / 'ckpt.pt')  # says what is wrong with out_dir
         held = lock(out_dir)  # held until this function returns
         if not has_data:
             prepare(['stdlib'], data_dir)
@@ -710,9 +711,9 @@ def train(cfg):
     # leave
     for s, handler in handlers.items():
         signal.signal(s, handler)
-    print0(f'\nsee how long it thought about each token: python sample.py --ckpt {ckpt_path} --depth')
+    print0(f'see how long it thought about each token: python sample.py --ckpt {ckpt_path} --depth\n')
     if master and cfg.sample_tokens:
-        print0('\n' + closing_sample(model, cfg, val_data, meta, data_dir) + '\n')
+        print0(closing_sample(model, cfg, val_data, meta, data_dir))
     return 0 if saved else 1
 
 

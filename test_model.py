@@ -1869,24 +1869,24 @@ def test_standard_library_is_the_default(tmp_path):
 # a run of 20 steps: 0 .. 5 without gates, 6 .. 10 gates alone, then everything
 TINY = dict(objective='paper', block_size=16, n_layer=1, n_head=2, n_embd=16, n_iter=3, tau=0.978, batch_size=2,
             gradient_accumulation_steps=4, max_steps=20, learning_rate=6e-3, warmup=3, ponder_start=6, ponder_full=12,
-            freeze_backbone=5, k_max=0.3, eval_interval=8, eval_tokens=200, ckpt_interval=5, log_interval=1,
+            freeze_backbone=5, k_max=0.3, eval_interval=8, eval_tokens=210, ckpt_interval=5, log_interval=1,
             sample_tokens=0, device='cpu')
+SAVING = dict(objective='saving', tau=0.49, gate_bias=0.0, explore=0.2, k_max=0.5, freeze_backbone=3)
 
 
-def write_data(folder, vocab_size=257, train=(2000, 1500), val=(900,), **kw):
+def write_data(folder, val=900, **kw):
     """A data folder as prepare_data.py writes it: a noisy sequence over 61 bytes. kw: other values of meta.json."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     sha256 = '668761b340232a7197aeecd0008527936c5ef98045c844360174691f4216e5ec'
-    meta = dict(adaponder_data=1, tokenizer='bytes', tokenizer_sha256=sha256, vocab_size=vocab_size, eot=256,
-                dtype='uint16', source=[])
-    for split, lengths in dict(train=train, val=val).items():
-        files = []
+    meta = dict(adaponder_data=1, tokenizer='bytes', tokenizer_sha256=sha256, vocab_size=257, eot=256, dtype='uint16')
+    for split, lengths in dict(train=(2000, 1500), val=(val,)).items():
+        meta[split] = dict(tokens=sum(lengths), files=[])
         for i, n in enumerate(lengths):
             data = (np.arange(n) * 7 % 61 + rng.integers(0, 3, n)).astype('uint16').tobytes()
             (folder / f'{split}_{i}.bin').write_bytes(data)
-            files.append(dict(name=f'{split}_{i}.bin', tokens=n, sha256=hashlib.sha256(data).hexdigest()))
-        meta[split] = dict(tokens=sum(lengths), files=files)
+            file = dict(name=f'{split}_{i}.bin', tokens=n, sha256=hashlib.sha256(data).hexdigest())
+            meta[split]['files'].append(file)
     (folder / 'meta.json').write_text(json.dumps({**meta, **kw}))
     return folder
 
@@ -1898,7 +1898,6 @@ def arguments(data_dir, out_dir, **kw):
 def run_train(data_dir, out_dir, at=None, **kw):
     """train.main in this process. at: fn(n, out), called after forward of micro-batch n. Returns the exit code."""
     forward, n = AdaPonderLM.forward, count()
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def counted(self, *args, **kwargs):
         out = forward(self, *args, **kwargs)
@@ -1907,24 +1906,26 @@ def run_train(data_dir, out_dir, at=None, **kw):
         return out
     torch.set_default_dtype(torch.float64)  # Adam makes full steps of float32's rounding where a gradient is zero
     try:
-        AdaPonderLM.forward = counted
-        train.main(arguments(data_dir, out_dir, **kw))
-        return 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(AdaPonderLM, 'forward', counted)
+            return train.main(arguments(data_dir, out_dir, **kw)) or 0
     except SystemExit as e:
         return e.code
-    except (ValueError, OSError) as e:
-        print(f'train.py: {e}', file=sys.stderr)
-        return 2
     finally:
-        AdaPonderLM.forward = forward
         torch.set_default_dtype(torch.float32)
-        for s, handler in handlers.items():
-            signal.signal(s, handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def stop_at(micro_batch, number=signal.SIGTERM):
     """For run_train: this process receives a signal at a micro-batch."""
     return lambda n, out: os.kill(os.getpid(), number) if n == micro_batch else None
+
+
+def refused(words, *args, **kw):
+    """run_train() raises an error that has these words in it."""
+    with pytest.raises((ValueError, OSError), match=re.escape(words)):
+        run_train(*args, **kw)
 
 
 def read_log(out_dir):
@@ -1933,15 +1934,16 @@ def read_log(out_dir):
     return [{k: v for k, v in r.items() if k != 'tokens_per_second'} for r in records]
 
 
-def tensors(state):
-    """Everything trained in a checkpoint: weights, and optimizer state by parameter."""
+def tensors(out_dir):
+    """Everything trained in a run's checkpoint: weights, and optimizer state by parameter."""
+    state = load_checkpoint(out_dir / 'ckpt.pt')
     optimizer = {f'{i}.{k}': v for i, s in state['optimizer']['state'].items() for k, v in s.items()}
     return {**state['model'], **optimizer, 'step': torch.tensor(state['step'])}
 
 
 def distance(out_a, out_b):
     """Largest difference between the checkpoints of two runs."""
-    a, b = (tensors(load_checkpoint(out / 'ckpt.pt')) for out in (out_a, out_b))
+    a, b = tensors(out_a), tensors(out_b)
     assert a.keys() == b.keys()
     return max(float((a[k].double() - b[k].double()).abs().max()) for k in a)
 
@@ -1952,6 +1954,10 @@ def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp('train')
     assert run_train(write_data(root / 'data'), root / 'out') == 0
     return root
+
+
+def read_windows(folder, split, seed=0):
+    return train.Windows(folder, train.load_meta(folder), split, 16, 257, seed)
 
 
 def test_the_loop_is_what_it_says(trained):
@@ -1993,14 +1999,13 @@ def test_the_loop_is_what_it_says(trained):
         assert all(np.isclose(steps[step][key], value, rtol=1e-6, atol=1e-12) for key, value in want.items())
         assert (gate_loss > 0) == (step > 6)
     assert max(float((p.detach() - state['model'][n]).abs().max()) for n, p in m.named_parameters()) < 1e-10
-    stats = steps[-1]  # and what the log says of the gates
-    for i in range(2):
+    for i in range(2):  # and what the log says of the gates
         g = out.gates[..., i][out.depth > i]
-        assert np.isclose(stats['gate_mean'][i], g.mean().item(), rtol=1e-6)
-        assert np.isclose(stats['gate_under_tau'][i], (g < 0.978).double().mean())
-    # the evaluation: 12 windows of 16, evenly spread over the 55 of val
+        assert np.isclose(steps[-1]['gate_mean'][i], g.mean().item(), rtol=1e-6)
+        assert np.isclose(steps[-1]['gate_under_tau'][i], (g < 0.978).double().mean())
+    # the evaluation: 13 windows of 16, evenly spread over the 55 of val
     val = np.fromfile(trained / 'data/val_0.bin', 'uint16').astype('int64')
-    x = torch.tensor(np.stack([val[w * 55 // 12 * 16:][:17] for w in range(12)]))
+    x = torch.tensor(np.stack([val[w * 55 // 13 * 16:][:17] for w in range(13)]))
     out, last = m(x[:, :-1], x[:, 1:]), log[-1]
     assert [r['step'] for r in log if 'val_loss' in r] == [8, 16, 20]
     assert abs(last['val_loss'] - out.ce_loss.item()) < 1e-10 and 1 < last['val_depth'] < 3
@@ -2012,12 +2017,8 @@ def test_the_loop_is_what_it_says(trained):
 
 
 def test_order_is_a_pure_function_without_repeats(trained):
-    meta = json.loads((trained / 'data/meta.json').read_text())
     tokens = np.concatenate([np.fromfile(trained / f'data/train_{i}.bin', 'uint16') for i in range(2)])
-
-    def windows(seed=1337):
-        return train.Windows(trained / 'data', meta, 'train', 16, 257, seed)
-    w, starts = windows(), []
+    w, starts = read_windows(trained / 'data', 'train', 1337), []
     w.batch = starts.extend  # instead of reading
     for i in range(200):
         w.train_batch(i, 5)
@@ -2025,17 +2026,11 @@ def test_order_is_a_pure_function_without_repeats(trained):
         targets = np.concatenate([np.arange(a + 1, a + 17) for a in starts[epoch * w.n:(epoch + 1) * w.n]])
         assert len(np.unique(targets)) == len(targets) == w.n * 16 and targets.max() < 3500 and w.n == 217
     assert starts[:w.n] != starts[w.n:2 * w.n]
-    one = [windows().train_batch(i, 4) for i in range(60)]  # each from a fresh start, over borders of files and epochs
-    x = windows()
+    one = [read_windows(trained / 'data', 'train', 1337).train_batch(i, 4) for i in range(60)]  # over borders of files
+    x = read_windows(trained / 'data', 'train', 1337)
     assert all(torch.equal(a, x.train_batch(i, 4)) for i, a in enumerate(one))
     assert all(x.tolist() == tokens[a:a + 17].tolist() for x, a in zip(torch.cat(one), starts))
-    assert not torch.equal(one[0], windows(seed=1).train_batch(0, 4))
-    for world in (2, 4):  # the processes share out what one process reads
-        ranks = [train.read_ahead(lambda n: windows().train_batch(n, 4), count(8 + r, world)) for r in range(world)]
-        for i in range(8, 24):
-            assert torch.equal(next(ranks[i % world]), one[i])
-        for r in ranks:
-            r.close()
+    assert not torch.equal(one[0], read_windows(trained / 'data', 'train', 1).train_batch(0, 4))
 
 
 def test_resume_is_exact_in_every_phase(trained, capsys):
@@ -2043,23 +2038,17 @@ def test_resume_is_exact_in_every_phase(trained, capsys):
     for stop, number in ((3, signal.SIGTERM), (8, signal.SIGINT), (15, signal.SIGTERM)):
         at = stop_at((stop - done) * 4 + 1, number)  # in the middle of a step
         assert run_train(trained / 'data', out, at) == 128 + number
-        assert f'stopped at step {stop}; the same command goes on from {out}' in capsys.readouterr().out
         done = load_checkpoint(out / 'ckpt.pt')['step']
-        assert done == stop
+        assert done == stop and f'stopped at step {stop}' in capsys.readouterr().out
         with open(out / 'log.jsonl', 'a') as f:  # what a kill may leave behind: steps after the checkpoint, a torn line
-            f.write(f'{{"step": {stop + 1}, "loss": 1.0}}\n{{"step": {stop}, "val_loss": 1.0}}\n{{"step": 9')
-    assert run_train(trained / 'data', out) == 0
-    assert f'going on from {out / "ckpt.pt"} at step 15' in capsys.readouterr().out
-    assert distance(out, trained / 'out') == 0 and read_log(out) == read_log(trained / 'out')
-    assert run_train(trained / 'data', out) == 0  # a finished run shows its result again
-    assert read_log(out) == read_log(trained / 'out')
-
-
-SAVING = dict(objective='saving', tau=0.49, gate_bias=0.0, explore=0.2, k_max=0.5, freeze_backbone=3)
+            f.write(f'{{"step": {stop + 1}, "loss": 1.0}}\n{{"step": 9')
+    for i in range(2):  # a finished run stays as it is
+        assert run_train(trained / 'data', out) == 0
+        assert distance(out, trained / 'out') == 0 and read_log(out) == read_log(trained / 'out')
 
 
 def test_savings_are_learned_alike_however_the_run_goes(trained, tmp_path, monkeypatch):
-    """tau and the forced tokens follow their rules; dense, packed, remat, interrupted and two processes are one run."""
+    """tau and the forced tokens follow their rules; dense, packed, remat and interrupted are one run."""
     forced, halted, forward = [], [], AdaPonderLM.forward
 
     def recording(self, idx, *args, policy=None, **kw):
@@ -2091,38 +2080,6 @@ def test_savings_are_learned_alike_however_the_run_goes(trained, tmp_path, monke
     assert load_checkpoint(tmp_path / 'b/ckpt.pt')['config'] == state['config']
     assert run_train(trained / 'data', tmp_path / 'c', **SAVING, execution='packed', remat=True) == 0
     assert distance(tmp_path / 'a', tmp_path / 'c') < 1e-9
-    run_two(tmp_path, arguments(trained / 'data', tmp_path / 'd', **SAVING, execution='packed'))
-    assert distance(tmp_path / 'a', tmp_path / 'd') < 1e-9
-    assert [r['halted'] for r in read_log(tmp_path / 'd') if 'loss' in r] == pytest.approx([r['halted'] for r in log])
-
-
-def subprocess_env(**kw):
-    return {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(HERE), **{k: str(v) for k, v in kw.items()}}
-
-
-def run_two(folder, argv, code='', *options, **env):
-    """train.py in float64 under torchrun with two processes, after `code`. Returns what it printed."""
-    start = 'import os, signal, sys, torch, train\ntorch.set_default_dtype(torch.float64)\n'
-    (folder / 'run.py').write_text(f'{start}{code}\ntrain.main(sys.argv[1:])\n')
-    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', *options]
-    command = [*torchrun, folder / 'run.py', *argv]
-    done = subprocess.run(command, env=subprocess_env(**env), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_where_all_tokens_halt_gates_that_do_not_run_have_a_gradient_of_zero(trained, tmp_path):
-    """Two processes, of which one may reach a gate that the other does not, train as one; AdamW sees every gate."""
-    kw = dict(objective='saving', gate_bias=-3.0, tau=0.9, explore=0.0, k_max=1.0, ponder_start=0, ponder_full=1,
-              freeze_backbone=0, ponder_norm=True, execution='packed')
-    depths = []
-    assert run_train(trained / 'data', tmp_path / 'a', lambda n, out: depths.append(int(out.depth.max())), **kw) == 0
-    assert depths[0] == 3 and depths[10] == 1
-    run_two(tmp_path, arguments(trained / 'data', tmp_path / 'b', **kw))
-    assert distance(tmp_path / 'a', tmp_path / 'b') < 1e-9
-    state = load_checkpoint(tmp_path / 'a/ckpt.pt')
-    assert len(state['optimizer']['state']) == len(state['model'])
-    assert {int(s['step']) for s in state['optimizer']['state'].values()} == {20}
 
 
 def test_until_gates_act_a_network_with_them_is_the_one_without(trained, tmp_path):
@@ -2135,139 +2092,130 @@ def test_until_gates_act_a_network_with_them_is_the_one_without(trained, tmp_pat
     assert all(torch.equal(a['model'][n], p) for n, p in b['model'].items())
 
 
+def subprocess_env(**kw):
+    return {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(HERE), **{k: str(v) for k, v in kw.items()}}
+
+
 def test_kill_9_at_any_moment(trained, tmp_path):
     """Killed again and again while it saves every step, the run ends with the weights of the undisturbed one."""
     code = '''
-import json, os, random, signal, sys, time
+import os, random, signal, sys, time
 import torch._dynamo, train  # the optimizer imports it, slowly: once here, not after every fork
 out, argv = sys.argv[1], sys.argv[2:]
 torch.set_num_threads(1)
 torch.set_default_dtype(torch.float64)
 random.seed(0)
-seen = []
-while not seen or seen[-1] < 20:
-    pid = os.fork()
+when = lambda: os.stat(out).st_mtime_ns if os.path.exists(out) else 0
+for kills in range(6):
+    old, pid = when(), os.fork()
     if not pid:
-        sys.stdout = sys.stderr
         train.main(argv)
         os._exit(0)
-    old = os.stat(out).st_mtime_ns if seen else None
-    while len(seen) < 5 and (os.stat(out).st_mtime_ns if os.path.exists(out) else None) == old:
+    while kills < 5 and when() == old:
         time.sleep(0.005)
-    if len(seen) < 5:  # it has come past the last checkpoint: strike
+    if kills < 5:  # it has come past the last checkpoint: strike
         time.sleep(random.random() * 0.05)
         os.kill(pid, signal.SIGKILL)
-    status = os.waitpid(pid, 0)[1]
-    seen.append(train.load_checkpoint(out)['step'])
-print(json.dumps(seen))
+    os.waitpid(pid, 0)
+    print('seen', train.load_checkpoint(out)['step'], flush=True)
 '''
     argv = arguments(trained / 'data', tmp_path, ckpt_interval=1)
     done = subprocess.run([sys.executable, '-c', code, tmp_path / 'ckpt.pt', *argv], env=subprocess_env(),
                           capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    seen = json.loads(done.stdout)
-    assert len(seen) > 2 and seen == sorted(seen) and seen[-1] == 20
+    seen = [int(step) for step in re.findall(r'seen (\d+)', done.stdout)]
+    assert len(seen) == 6 and seen == sorted(seen) and seen[1] < seen[-1] == 20, done.stderr
     assert distance(tmp_path, trained / 'out') == 0 and read_log(tmp_path) == read_log(trained / 'out')
-
-
-def test_torchrun_survives_a_killed_process(trained, tmp_path):
-    """Two processes, one of them killed in stage 2: torchrun starts them again, and they end where one process does."""
-    out = run_two(tmp_path, arguments(trained / 'data', tmp_path / 'out'), '''
-forward, n = train.AdaPonderLM.forward, 0
-def counted(self, *args, **kw):
-    global n
-    n += torch.is_grad_enabled()
-    if os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and n == 17:  # step 8, gates alone
-        os.kill(os.getpid(), signal.SIGKILL)
-    return forward(self, *args, **kw)
-train.AdaPonderLM.forward = counted''', '--max-restarts=1', TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1)
-    assert 'at step 5' in out and out.count('parameters, 128 tokens a step') == 2 and '2 processes' in out
-    assert distance(tmp_path / 'out', trained / 'out') < 1e-9
-    for a, b in zip(read_log(tmp_path / 'out'), read_log(trained / 'out'), strict=True):
-        keys = {'step', 'tokens', 'loss', 'gate_loss', 'depth', 'halted', 'grad_norm', 'val_loss', 'val_depth'}
-        assert a.keys() == b.keys() and all(np.allclose(a[k], b[k], rtol=1e-5) for k in keys & b.keys())
-
-
-def test_two_processes_agree(trained, tmp_path):
-    """Other data or config on one is refused, a NaN or SIGTERM on one is everyone's, ZeRO's checkpoint is AdamW's."""
-    code = '''
-import os, signal, sys
-import torch, torch.distributed as dist, train
-data, out, *rest = sys.argv[1:]
-ports, argv = [a for a in rest if a[:2] != '--'], [a for a in rest if a[:2] == '--']
-torch.set_default_dtype(torch.float64)
-rank, forward = int(os.environ['RANK']), train.AdaPonderLM.forward
-def run(hit, argv):
-    n = 0
-    def counted(self, *args, **kw):
-        nonlocal n
-        o = forward(self, *args, **kw)
-        n += torch.is_grad_enabled()
-        return hit(n, o) or o
-    train.AdaPonderLM.forward = counted
-    os.environ['MASTER_PORT'] = ports.pop()
-    try:
-        train.main(argv)
-        return 0
-    except train.UsageError as e:
-        print(e)
-        return 2 if not dist.is_initialized() else 'the group is alive'
-    except SystemExit as e:
-        return e.code if not dist.is_initialized() else 'the group is alive'
-def nan(n, o):
-    if rank == 1 and n == 8:
-        o.loss = o.loss * float('nan')
-def term(n, o):
-    if rank == 1 and n == 16:
-        os.kill(os.getpid(), signal.SIGTERM)
-codes = [run(lambda n, o: None, argv + [f'--out_dir={out}/a', f'--learning_rate={rank}.5']),
-         run(lambda n, o: None, argv + [f'--out_dir={out}/a', f'--data_dir=data'] + (os.chdir(f'{out}/{rank}') or [])),
-         run(nan, argv + [f'--out_dir={out}/nan', f'--data_dir={data}']),
-         run(term, argv + [f'--out_dir={out}/sharded', f'--data_dir={data}', '--shard_optimizer=True', '--remat=True'])]
-print('codes', codes)
-'''
-    for rank in range(2):
-        (tmp_path / str(rank)).mkdir()
-        write_data(tmp_path / f'{rank}/data', val=(900 + rank,))
-    argv = [trained / 'data', tmp_path, *(str(free_port()) for _ in range(4)), *arguments(trained / 'data', tmp_path)]
-    env = dict(WORLD_SIZE=2, LOCAL_WORLD_SIZE=2, MASTER_ADDR='127.0.0.1')
-    envs = [subprocess_env(RANK=r, LOCAL_RANK=r, **env) for r in range(2)]
-    ranks = [subprocess.Popen([sys.executable, '-c', code, *argv], env=env, text=True, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT) for env in envs]
-    try:
-        outs = [p.communicate(timeout=120)[0] for p in ranks]
-    finally:
-        for p in ranks:  # where one fails the other may wait for it
-            p.kill()
-    assert all('codes [2, 2, 0, 143]' in out for out in outs) and not any(p.returncode for p in ranks), '\n'.join(outs)
-    assert all(f'process 1 has another {what} than process 0' in outs[0] for what in ('config', 'meta.json'))
-    assert outs[0].count('step 3: the gradient is not finite') == 1
-
-    def nan_at_15(n, out):
-        out.loss = out.loss * (math.nan if n == 15 else 1)
-    assert run_train(trained / 'data', tmp_path / 'one', nan_at_15) == 0
-    assert distance(tmp_path / 'nan', tmp_path / 'one') < 1e-9
-    assert 'stopped at step 8' in outs[0] and load_checkpoint(tmp_path / 'sharded/ckpt.pt')['step'] == 8
-    assert run_train(trained / 'data', tmp_path / 'sharded') == 0
-    assert distance(tmp_path / 'sharded', trained / 'out') < 1e-9
 
 
 def free_port():
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
+        return str(s.getsockname()[1])
+
+
+def test_two_processes_are_one(trained, tmp_path):
+    """Under torchrun, which starts them again when one is killed, two processes train what one process does.
+
+    Other data or config on one is refused, a NaN or SIGTERM on one is everyone's, ZeRO's checkpoint is AdamW's.
+    Where all tokens halt, one process may reach a gate that the other does not: AdamW sees every gate, with gradient 0.
+    """
+    (tmp_path / 'run.py').write_text('''
+import json, os, signal, sys
+import torch, torch.distributed as dist, train
+torch.set_default_dtype(torch.float64)
+rank, forward, codes = os.environ['RANK'], train.AdaPonderLM.forward, []
+first = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'
+for port, what, argv in json.loads(sys.argv[1]):
+    n = 0
+    def counted(self, *args, **kw):
+        global n
+        n += torch.is_grad_enabled()
+        if rank == '1' and what == 'killed' and n == 17 and first:  # step 8, gates alone
+            os.kill(os.getpid(), signal.SIGKILL)
+        if rank == '1' and what == 'sharded' and n == 16:
+            os.kill(os.getpid(), signal.SIGTERM)
+        out = forward(self, *args, **kw)
+        if rank == '1' and what == 'nan' and n == 8:
+            out.loss = out.loss * float('nan')
+        return out
+    train.AdaPonderLM.forward = counted
+    if codes:  # torchrun's meeting point is good for one group
+        os.environ.update(MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE='False')
+    try:
+        codes.append(train.main([a.replace('RANK', rank) for a in argv]))
+    except train.UsageError as e:
+        print(e)
+        codes.append(2)
+    except SystemExit as e:
+        codes.append(e.code)
+    assert not dist.is_initialized()
+print('codes', codes)
+''')
+    for rank in range(2):
+        write_data(tmp_path / f'data{rank}', val=900 + rank)
+    idle = dict(objective='saving', gate_bias=-3.0, tau=0.9, explore=0.0, k_max=1.0, ponder_start=0, ponder_full=1,
+                freeze_backbone=0, ponder_norm=True, execution='packed')
+    runs = dict(killed={}, config=dict(learning_rate='RANK.5'), data=dict(data_dir=tmp_path / 'dataRANK'), nan={},
+                sharded=dict(shard_optimizer=True, remat=True), saving=dict(SAVING, execution='packed'), idle=idle)
+    runs = [(free_port(), name, arguments(**{'data_dir': trained / 'data', 'out_dir': tmp_path / name, **kw}))
+            for name, kw in runs.items()]
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max-restarts=1']
+    done = subprocess.run([*torchrun, tmp_path / 'run.py', json.dumps(runs)], text=True, capture_output=True,
+                          env=subprocess_env(TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1), timeout=240)
+    text = done.stdout
+    assert done.returncode == 0 and text.count('codes [None, 2, 2, None, 143, None, None]') == 2, text + done.stderr
+    assert all(f'not all processes have the same {what}' in text for what in ('config', 'meta.json'))
+    assert 'going on from' in text and text.count('step 3: the gradient is not finite') == 1
+
+    def nan_at_15(n, out):
+        out.loss = out.loss * (math.nan if n == 15 else 1)
+    depths = []
+    for name, at, kw in [('nan', nan_at_15, {}), ('saving', None, SAVING),
+                         ('idle', lambda n, out: depths.append(int(out.depth.max())), idle)]:
+        assert run_train(trained / 'data', tmp_path / f'one_{name}', at, **kw) == 0
+        assert distance(tmp_path / name, tmp_path / f'one_{name}') < 1e-9
+    state = load_checkpoint(tmp_path / 'idle/ckpt.pt')
+    assert depths[0] == 3 and depths[10] == 1 and len(state['optimizer']['state']) == len(state['model'])
+    assert {int(s['step']) for s in state['optimizer']['state'].values()} == {20}
+    assert load_checkpoint(tmp_path / 'sharded/ckpt.pt')['step'] == 8
+    assert run_train(trained / 'data', tmp_path / 'sharded') == 0  # goes on with AdamW, in one process
+    assert all(distance(tmp_path / name, trained / 'out') < 1e-9 for name in ('killed', 'sharded'))
+    for two, one in (('killed', trained / 'out'), ('saving', tmp_path / 'one_saving')):
+        for a, b in zip(read_log(tmp_path / two), read_log(one), strict=True):
+            keys = {'step', 'tokens', 'loss', 'gate_loss', 'depth', 'halted', 'grad_norm', 'val_loss', 'val_depth'}
+            assert a.keys() == b.keys() and all(np.allclose(a[k], b[k], rtol=1e-5) for k in keys & b.keys())
 
 
 def test_ten_bad_steps_give_up_with_the_last_good_checkpoint(trained, tmp_path, capsys):
     def at(n, out):
         if n == 30 or n >= 32:  # in step 7, then in all from 8 on
             out.loss = out.loss * (math.inf if n % 8 else math.nan)
-    assert run_train(trained / 'data', tmp_path, at, max_steps=40) == 1
+    assert run_train(trained / 'data', tmp_path, at) == 1
     text = capsys.readouterr().out
-    assert 'step 16: the gradient is not finite' in text and '(10 in a row)' in text and 'the last good state' in text
-    state = load_checkpoint(tmp_path / 'ckpt.pt')
-    assert state['step'] == 5 and all(t.isfinite().all() for t in tensors(state).values())
-    assert run_train(trained / 'data', tmp_path, max_steps=40) == 0  # and goes on from there
+    assert 'step 16: the gradient is not finite, step skipped (10 in a row)' in text and '(11' not in text
+    state = tensors(tmp_path)
+    assert state['step'] == 5 and all(t.isfinite().all() for t in state.values())
+    assert run_train(trained / 'data', tmp_path) == 0 and distance(tmp_path, trained / 'out') == 0  # it goes on
 
 
 def test_disk_full_costs_one_checkpoint(trained, tmp_path, capsys):
@@ -2275,74 +2223,48 @@ def test_disk_full_costs_one_checkpoint(trained, tmp_path, capsys):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def at(n, out):
-        if n == 24:  # from step 6 on no file may grow beyond a quarter of the checkpoint
+        if n in (24, 76):  # in steps 6 and 19: no file may grow beyond a quarter of the checkpoint
             resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / 'ckpt.pt').stat().st_size // 4, hard))
         if n == 48:
             assert not list(tmp_path.glob('*.tmp')) and load_checkpoint(tmp_path / 'ckpt.pt')['step'] == 5
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft if stays is None else stays, hard))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     try:
-        stays = None
-        assert run_train(trained / 'data', tmp_path, at) == 0
-        assert capsys.readouterr().out.count('checkpoint not written') == 1 and distance(tmp_path, trained / 'out') == 0
-        stays = (tmp_path / 'ckpt.pt').stat().st_size // 4
-        assert run_train(trained / 'data', tmp_path, at, resume=False) == 1  # the last one failed: not a success
-        assert load_checkpoint(tmp_path / 'ckpt.pt')['step'] == 5
+        assert run_train(trained / 'data', tmp_path, at) == 1  # the last one failed: not a success
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert capsys.readouterr().out.count('checkpoint not written') == 2
+    assert load_checkpoint(tmp_path / 'ckpt.pt')['step'] == 15
+    assert run_train(trained / 'data', tmp_path) == 0 and distance(tmp_path, trained / 'out') == 0
 
 
 @pytest.mark.parametrize('kw, words', [
     (dict(learning_rat=1), "did you mean 'learning_rate'?"), (dict(zzz=1), "unknown key 'zzz'"),
     (dict(lr=1), "'learning_rate'"), (dict(dataset='x'), "'data_dir'"), (dict(n_heads=1), "'n_head'"),
-    (dict(max_iters=1), "'max_steps'"), (dict(n_layer=1.5), 'n_layer must be int'), (dict(n_layer=True), 'must be int'),
-    (dict(out_dir=''), "out_dir must be str, not ''"),
-    (dict(halting=1), 'halting must be bool'), (dict(learning_rate='fast'), 'learning_rate must be float'),
-    (dict(max_steps='40%'), 'max_steps must be a number of steps'), (dict(max_steps='1e30'), 'max_steps must be'),
-    (dict(ponder_start='soon'), "not 'soon'"), (dict(ponder_start=0.4), "not '0.4'"),
-    (dict(ponder_start=-4), "not '-4'"),
-    (dict(dtype='float16'), 'dtype must be'), (dict(execution='auto'), 'execution must be'),
-    (dict(batch_size=0), 'batch_size must be from 1'), (dict(k_max=1.5), 'k_max must be from 0 to 1'),
-    (dict(explore=math.nan), 'explore must be'), (dict(seed=-1), 'seed must be'), (dict(seed=2 ** 40), 'seed must be'),
-    (dict(n_embd=10 ** 12), 'n_embd must be'), (dict(eval_tokens=-5), 'eval_tokens must be'),
-    (dict(gate_bias=math.inf), 'gate_bias must be'), (dict(ponder_full=5), 'ponder_full (step 5) lies before step 6'),
-    (dict(objective='saving', freeze_backbone=9), 'ponder_full (step 12) lies before step 15'),
-    (dict(n_embd=17), 'divisible by n_head'), (dict(objective='some'), 'objective must be'),
-    (dict(vocab_size=200), 'the data has 257 token ids'), (dict(block_size=600), 'val split of'),
-    (dict(init_from='nowhere.pt'), 'no checkpoint at nowhere.pt'),
-    (dict(data_dir='data/pile'), 'python prepare_data.py PATH ... --tokenizer TOKENIZER --out data/pile'),
+    (dict(n_layer=1.5), 'n_layer must be int'), (dict(halting=1), 'halting must'), (dict(out_dir=''), 'out_dir'),
+    (dict(learning_rate='fast'), 'learning_rate must be float'), (dict(max_steps='40%'), 'max_steps must'),
+    (dict(ponder_start='soon'), "not 'soon'"), (dict(warmup=-4), "not '-4'"), (dict(dtype='float16'), 'dtype must be'),
+    (dict(execution='auto'), 'execution'), (dict(batch_size=0), 'from 1'), (dict(k_max=1.5), 'from 0 to 1'),
+    (dict(explore=math.nan), 'explore'), (dict(seed=2 ** 40), 'seed'), (dict(n_embd=10 ** 12), 'n_embd'),
+    (dict(eval_tokens=-5), 'eval_tokens'), (dict(gate_bias=math.inf), 'gate_bias'), (dict(n_embd=17), 'divisible'),
+    (dict(ponder_full=5), 'ponder_full (step 5) lies before step 6'), (dict(vocab_size=200), '257 token ids'),
+    (dict(objective='saving', freeze_backbone=9), 'before step 15'), (dict(block_size=600), 'val split of'),
+    (dict(init_from='nowhere.pt'), 'no checkpoint at nowhere.pt'), (dict(data_dir='data/pile'), 'no data in data/pile'),
     (dict(data_dir='data/stdlib', init_from='EleutherAI/pythia-70m'), 'no data in data/stdlib'),
-    (dict(out_dir='a_file'), 'a_file cannot be made'), (dict(out_dir='a_file/run'), 'a_file/run cannot be made')])
-def test_train_refuses_nonsense(trained, tmp_path, capsys, monkeypatch, kw, words):
+    (dict(data_dir='out'), 'are both out'), (dict(out_dir='a_file'), 'a_file'), (dict(out_dir='a_file/run'), 'a_file')])
+def test_train_refuses_nonsense(trained, tmp_path, monkeypatch, kw, words):
     monkeypatch.chdir(tmp_path)
     Path('a_file').touch()
-    assert run_train(**{'data_dir': trained / 'data', 'out_dir': 'out', **kw}) == 2
-    assert words in capsys.readouterr().err
+    refused(words, **{'data_dir': trained / 'data', 'out_dir': 'out', **kw})
 
 
-def test_the_command_line_says_one_sentence(trained, tmp_path):
-    def run(*argv):
-        return subprocess.run([sys.executable, HERE / 'train.py', *argv], cwd=tmp_path, capture_output=True, text=True,
-                              env=subprocess_env(LC_ALL='POSIX', PYTHONUTF8=0, PYTHONCOERCECLOCALE=0))
-    (tmp_path / 'c.py').write_bytes('\ufeff# the \u201cbest\u201d run\nbatch_size = 10\nout_dir = "out"'.encode())
-    done = run('c.py', f'--data_dir={trained / "data"}', '--block_size=4000')
-    assert done.returncode == 2 and re.fullmatch('train.py: the train split of .*\n', done.stderr)
-    done = run('--help')
-    assert done.returncode == 0 and all(f'    {f.name}: ' in done.stdout for f in fields(train.TrainConfig))
-    assert all('# ' in line for line in done.stdout.splitlines() if re.match(r'    \w+: \w+', line))
-
-
-def test_config_files(tmp_path, monkeypatch):
-    monkeypatch.chdir(HERE)
-    for name, text, words in [('bad.py', 'max_steps = oops', "NameError: name 'oops'"),
-                              ('typo.py', 'max_step = 5', "unknown key 'max_step'.*typo.py, did you mean 'max_steps'"),
-                              ('range.py', 'tau = 2', 'tau must be from 0 to 1')]:
-        (tmp_path / name).write_text(text)
+def test_config_files(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for arg, text, words in [('bad.py', 'max_steps = oops', "name 'oops'"), ('bad.py', 'tau = 2', 'tau must be from 0'),
+                             ('bad.py', 'max_step = 5', "did you mean 'max_steps'"), ('huge.py', '', 'no config file'),
+                             ('--tau', '', '--tau has no value')]:
+        (tmp_path / 'bad.py').write_text(text)
         with pytest.raises(train.UsageError, match=words):
-            train.load_config([str(tmp_path / name)])
-    for argv, words in [(['config/huge.py'], 'no config file config/huge.py; there are config/continue_1.4b.py'),
-                        (['config/tiny.py', '--tau'], '--tau has no value')]:
-        with pytest.raises(train.UsageError, match=words):
-            train.load_config(argv)
+            train.load_config([arg])
     (tmp_path / 'good.py').write_text('import math\n_n = 3\ndef two(x):\n    return 2 * x\nn_iter = two(_n)\ntau = 0')
     monkeypatch.setenv('HOME', str(tmp_path))
     cfg = train.load_config(['~/good.py', '--learning_rate=1', '--max_steps=1e3', '--out_dir=7', '--halting=False'])
@@ -2350,59 +2272,57 @@ def test_config_files(tmp_path, monkeypatch):
     assert cfg.given == {'n_iter', 'tau', 'learning_rate', 'max_steps', 'out_dir', 'halting'}
     durations = {7: 7, '7': 7, '40%': 80, '1.5M tokens': 1500, '2K steps': 2000, '0.5%': 1, '1e3': 1000}
     assert [train.in_steps('x', d, 1000, 200) for d in durations] == list(durations.values())
+    with pytest.raises(SystemExit):
+        train.load_config(['--help'])
+    assert len(re.findall(r'^    \w+: .*# ', capsys.readouterr().out, re.M)) == len(fields(train.TrainConfig))
+    # the command, in a locale that is not UTF-8
+    (tmp_path / 'c.py').write_bytes('\ufeff# the \u201cbest\u201d run\nbatch_size = 10\nout_dir = "out"'.encode())
+    data = trained / 'data'
+    done = subprocess.run([sys.executable, HERE / 'train.py', 'c.py', f'--data_dir={data}', '--block_size=4000'],
+                          capture_output=True, text=True,
+                          env=subprocess_env(LC_ALL='POSIX', PYTHONUTF8=0, PYTHONCOERCECLOCALE=0))
+    assert done.returncode == 2 and re.fullmatch('train.py: the train split of .*\n', done.stderr)
 
 
-def test_train_refuses_bad_data(trained, tmp_path, capsys):
-    def change(folder):
-        with open(folder / 'train_1.bin', 'r+b') as f:
-            f.seek(100)
-            f.write(b'\1')
-
-    def lacks_key(folder):
-        meta = json.loads((folder / 'meta.json').read_text())
-        del meta['val']['files'][0]['sha256']
-        (folder / 'meta.json').write_text(json.dumps(meta))
-    def beyond(folder):
-        np.full(2000, 400, 'uint16').tofile(folder / 'train_0.bin')
-    cases = [(lambda folder: os.truncate(folder / 'train_1.bin', 1000), 'has not the 1500 tokens'),
-             (lambda folder: (folder / 'meta.json').write_text('{}'), 'meta.json was not written by prepare_data.py'),
-             (change, 'train_1.bin was changed: its sha256'), (lacks_key, "KeyError: 'sha256'"),
-             (beyond, 'holds token 400, beyond vocab_size 320')]
-    for i, (harm, words) in enumerate(cases):
-        harm(write_data(tmp_path / f'data{i}'))
-        assert run_train(tmp_path / f'data{i}', tmp_path / f'out{i}', verify_data=harm is change) == 2
-        assert words in capsys.readouterr().err
-    assert run_train(tmp_path / 'data0', tmp_path / 'data0') == 2 and 'are both' in capsys.readouterr().err
+def test_train_refuses_bad_data(trained, tmp_path):
+    meta = train.load_meta(trained / 'data')
+    del meta['val']['files'][0]['sha256']
+    cases = [('train_1.bin', bytes(2000), {}, 'has not the 1500 tokens'),
+             ('train_1.bin', bytes(3000), dict(verify_data=True), 'train_1.bin was changed: its sha256'),
+             ('train_0.bin', np.full(2000, 400, 'uint16').tobytes(), {}, 'holds token 400, beyond vocab_size 320'),
+             ('meta.json', b'{}', {}, 'meta.json was not written by prepare_data.py'),
+             ('meta.json', json.dumps(meta).encode(), {}, "KeyError: 'sha256'")]
+    for i, (name, content, kw, words) in enumerate(cases):
+        (write_data(tmp_path / f'data{i}') / name).write_bytes(content)
+        refused(words, tmp_path / f'data{i}', tmp_path / f'out{i}', **{'verify_data': False, **kw})
     held = train.lock(trained / 'out')
-    assert run_train(trained / 'data', trained / 'out') == 2 and 'is writing to' in capsys.readouterr().err
+    refused('is writing to', trained / 'data', trained / 'out')
     held.close()
 
 
 def test_a_config_changed_on_resume_acts_or_is_refused(trained, tmp_path, capsys):
     out = tmp_path / 'out'
     shutil.copytree(trained / 'out', out)
-    write_data(tmp_path / 'data', val=(901,))
+    write_data(tmp_path / 'data', val=901)
     for kw, words in [(dict(n_embd=32), 'other values of n_embd'), (dict(seed=1), 'of seed'), (dict(tau=0.5), 'of tau'),
                       (dict(batch_size=4), 'of batch_size'), (dict(data_dir=tmp_path / 'data'), 'the data in'),
-                      (dict(max_steps=40, ponder_start='90%', ponder_full='95%'), 'gates would act at another time')]:
-        assert run_train(**{'data_dir': trained / 'data', 'out_dir': out, **kw}) == 2
-        assert words in capsys.readouterr().err
+                      (dict(max_steps=40, ponder_start='90%', ponder_full='95%'), 'of ponder_start (6 steps, now 36)')]:
+        refused(words, **{'data_dir': trained / 'data', 'out_dir': out, **kw})
     kw = dict(max_steps=22, learning_rate=1e-3, weight_decay=0.5, beta2=0.5)
     assert run_train(trained / 'data', out, **kw) == 0
     text = capsys.readouterr().out
     assert 'max_steps = 20 -> 22' in text and 'weight_decay = 0.01 -> 0.5' in text and 'ponder_full' not in text
     state = load_checkpoint(out / 'ckpt.pt')
-    assert state['step'] == 22
     groups = state['optimizer']['param_groups']
     assert [(g['weight_decay'], g['betas']) for g in groups] == [(0.5, (0.9, 0.5)), (0, (0.9, 0.5))]
-    harmed = [({**state, 'config': {**state['config'], 'pool': 'all'}}, 'another version of this project'),
-              ({k: v for k, v in state.items() if k != 'optimizer'}, 'lacks optimizer')]
-    for broken, words in harmed:
+    assert {int(s['step']) for s in state['optimizer']['state'].values()} == {22 - 5, 22 - 6} and state['step'] == 22
+    for broken, words in [({**state, 'config': {**state['config'], 'pool': 'all'}}, 'another version of this project'),
+                          ({k: v for k, v in state.items() if k != 'optimizer'}, 'lacks optimizer')]:
         torch.save(broken, out / 'ckpt.pt')
-        assert run_train(trained / 'data', out) == 2 and words in capsys.readouterr().err
+        refused(words, trained / 'data', out)
     (out / 'ckpt.pt').write_bytes(b'junk')
-    assert run_train(trained / 'data', out) == 2 and 'not a readable checkpoint' in capsys.readouterr().err
-    assert run_train(trained / 'data', out, resume=False, max_steps=1) == 0 and len(read_log(out)) == 2
+    refused('not a readable checkpoint', trained / 'data', out)
+    assert run_train(trained / 'data', out, resume=False, max_steps=1) == 0 and len(read_log(out)) == 1
 
 
 def test_grad_clip_0_is_no_clipping(trained, tmp_path):
@@ -2412,8 +2332,7 @@ def test_grad_clip_0_is_no_clipping(trained, tmp_path):
 
 
 def test_early_ce_is_the_weight_of_the_iterations_before_the_last(trained, tmp_path):
-    meta, losses = json.loads((trained / 'data/meta.json').read_text()), []
-    windows = train.Windows(trained / 'data', meta, 'train', 16, 257, 1337)
+    windows, losses = read_windows(trained / 'data', 'train', 1337), []
 
     def at(n, out):
         targets = windows.train_batch(n, 2)[:, 1:].flatten()
@@ -2430,50 +2349,45 @@ def test_wandb_goes_on_in_the_same_run(trained, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'wandb', stub)
     for max_steps in (2, 4):
         assert run_train(trained / 'data', tmp_path, max_steps=max_steps, wandb_log=True) == 0
-    assert [(c['id'], c['resume']) for c in calls] == [(None, None), ('abc', 'allow')] and logged == [1, 2, 2, 3, 4, 4]
+    assert [(c['id'], c['resume']) for c in calls] == [(None, None), ('abc', 'allow')] and logged == [1, 2, 3, 4]
 
 
 def test_baselines_and_closing_sample(trained, tmp_path, capsys, monkeypatch):
     short = dict(max_steps=2, ponder_start=1, freeze_backbone=0, sample_tokens=5)
-    for kw, depth in [(dict(n_iter=1), 1), (dict(halting=False), 3), (dict(feedback='hidden'), None),
-                      (dict(remat=True, dtype='bfloat16'), None)]:
+    for kw, depth in [(dict(n_iter=1), 1), (dict(halting=False), 3), (dict(feedback='hidden', dtype='bfloat16'), None)]:
         assert run_train(trained / 'data', tmp_path / 'out', resume=False, **short, **kw) == 0
-        text, last = capsys.readouterr().out, read_log(tmp_path / 'out')[-1]
+        last = read_log(tmp_path / 'out')[-1]
         assert depth is None or (last['val_depth'], last['val_flops_saved']) == (depth, 0)
-        assert f'python sample.py --ckpt {tmp_path}/out/ckpt.pt --depth' in text
-        sample = text.split('--depth')[1].strip()
+        sample = capsys.readouterr().out.split('ckpt.pt --depth')[1].strip()
         assert '|' in sample and all(c.isprintable() or c in '\n\t' for c in sample)
     model = AdaPonderLM.from_checkpoint(tmp_path / 'out/ckpt.pt')
     new = torch.tensor([[65, 300, 7, 256, 66]])  # A, a padding token, a control byte, the end of the document, B
     model.generate = lambda idx, *args, **kw: torch.cat([idx, new], dim=1)
     monkeypatch.setattr(AdaPonderLM, 'from_state', lambda state: model)
-    meta = json.loads((trained / 'data/meta.json').read_text())
-    val = train.Windows(trained / 'data', meta, 'val', 16, 257)
+    val, meta = read_windows(trained / 'data', 'val'), train.load_meta(trained / 'data')
     assert train.closing_sample(model, train.TrainConfig(block_size=4), val, meta, trained / 'data').endswith('|A\\x07')
 
 
-def test_starting_from_trained_weights(trained, tmp_path, capsys):
+def test_starting_from_trained_weights(trained, tmp_path):
     """Weights bring their settings, flags win; what does not fit, another tokenizer included, is refused."""
-    short = dict(max_steps=2, ponder_start=1, freeze_backbone=0)
-    argv = arguments(trained / 'data', tmp_path / 'new', init_from=trained / 'out/ckpt.pt', **short)
-    argv = [a for a in argv if not a.startswith(('--objective', '--n_', '--tau'))]  # else these would win
-
-    def run(*more):
-        train.main(argv + ['--resume=False', *more])
+    def run(data=trained / 'data', **more):
+        argv = arguments(data, tmp_path / 'new', init_from=trained / 'out/ckpt.pt', resume=False, max_steps=1)
+        argv = [a for a in argv if not a.startswith(('--objective', '--n_', '--tau'))]  # else these would win
+        train.main(argv + [f'--{k}={v}' for k, v in more.items()])
         return load_checkpoint(tmp_path / 'new/ckpt.pt')
-    before = load_checkpoint(trained / 'out/ckpt.pt')
-    after = run('--learning_rate=0')
+    before, after = load_checkpoint(trained / 'out/ckpt.pt'), run(learning_rate=0)
     assert after['config'] == before['config'] and after['config']['objective'] == 'paper'
     assert all(torch.equal(p.float(), before['model'][n].float()) for n, p in after['model'].items())
-    after = run('--n_iter=2', '--objective=saving', '--ponder_norm=True')
-    assert after['config'] == {**before['config'], **dict(n_iter=2, objective='saving', ponder_norm=True)}
+    more = dict(n_iter=2, objective='saving', ponder_norm=True)
+    after = run(**more)
+    assert after['config'] == {**before['config'], **more}
     assert {n for n in after['model'] if n.endswith('fc.weight') or 'ponder' in n} == {
         'blocks.0.mlp.fc.weight', 'gates.0.fc.weight', 'ln_ponder.weight', 'ln_ponder.bias'}
     other = write_data(tmp_path / 'other', tokenizer_sha256='0' * 64)
-    for more, words in [('--gate_width=1', 'gate_width is 1.0, but 4.0'), ('--n_embd=32', 'n_embd is 32, but 16'),
-                        (f'--data_dir={other}', 'another tokenizer .* prepare_data.py PATH ... --tokenizer bytes')]:
+    for more, words in [(dict(gate_width=1), 'gate_width is 1.0, but 4.0'), (dict(n_embd=32), 'n_embd is 32, but 16'),
+                        (dict(data=other), 'another tokenizer .* --tokenizer bytes')]:
         with pytest.raises(train.UsageError, match=words):
-            run(more)
+            run(**more)
 
 
 def test_starting_from_a_hugging_face_folder(trained, tmp_path):
@@ -2487,10 +2401,8 @@ def test_starting_from_a_hugging_face_folder(trained, tmp_path):
     assert same == {'embed', 'blocks', 'ln_f', 'unembed'}  # the gates alone moved
     assert m.cfg.block_size == 32 and not m.cfg.scale_embeds
     m.save_pretrained(tmp_path / 'own')  # with its gates and settings, and the tokenizer that it was trained with
-    cfg = train.load_config([f'--init_from={tmp_path / "own"}', '--tau=0.25'])
-    meta = json.loads((trained / 'data/meta.json').read_text())
-    again = train.initial_model(cfg, meta)
-    assert again.cfg == dataclasses.replace(m.cfg, tau=0.25)
+    cfg, meta = train.load_config([f'--init_from={tmp_path / "own"}', '--tau=0.25']), train.load_meta(trained / 'data')
+    assert train.initial_model(cfg, meta).cfg == dataclasses.replace(m.cfg, tau=0.25)
     with pytest.raises(train.UsageError, match='another tokenizer'):
         train.initial_model(cfg, {**meta, 'tokenizer_sha256': '0' * 64})
     (tmp_path / 'hf/tokenizer.json').write_text('{}')
@@ -2502,31 +2414,28 @@ def test_devices_are_what_is_named_or_refused(monkeypatch):
     def too_old():
         warnings.warn('CUDA initialization: The NVIDIA driver on your system is too old (found version 11040). Update')
         return False
-    monkeypatch.delenv('LOCAL_RANK', raising=False)
+
+    def refused(words, *names):
+        for name in names:
+            with pytest.raises(train.UsageError, match=words):
+                train.get_device(name)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: False)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     assert train.get_device() == train.get_device('cpu') == torch.device('cpu')
-    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: False)
-    for name, words in [('cuda', 'no GPU'), ('cuda:1', 'no GPU'), ('gpu', 'device must be'), ('mps', 'has none')]:
-        with pytest.raises(train.UsageError, match=words):
-            train.get_device(name)
+    refused('can use no', 'cuda', 'cuda:1', 'mps')
+    refused('device must be', 'gpu')
     monkeypatch.setattr(torch.cuda, 'is_available', too_old)
-    for name in ('auto', 'cuda'):
-        with pytest.raises(train.UsageError, match='driver on your system is too old'):
-            train.get_device(name)
-    assert train.get_device('cpu') == torch.device('cpu')
-
+    refused('driver on your system is too old', 'auto', 'cuda')
     used = []
     for name, value in dict(is_available=lambda: True, device_count=lambda: 2, set_device=used.append).items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch, 'set_float32_matmul_precision', used.append)
     assert train.get_device('cuda:1') == torch.device('cuda:1') and used == [torch.device('cuda:1'), 'high']
     assert train.get_device() == torch.device('cuda:0')
-    with pytest.raises(train.UsageError, match='there is no cuda:2'):
-        train.get_device('cuda:2')
+    refused('there is no cuda:2', 'cuda:2')
     monkeypatch.setenv('LOCAL_RANK', '1')
     assert train.get_device() == train.get_device('cuda') == torch.device('cuda:1')
-    with pytest.raises(train.UsageError, match='under torchrun'):
-        train.get_device('cuda:0')
+    refused('under torchrun', 'cuda:0')
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'Tesla V100')
     assert train.get_autocast(torch.device('cuda'))[1] is torch.float32
@@ -2537,9 +2446,8 @@ def test_devices_are_what_is_named_or_refused(monkeypatch):
 @pytest.mark.parametrize('name, teraflops', [
     ('NVIDIA H100 80GB HBM3', 989), ('NVIDIA H100 PCIe', 756), ('NVIDIA H100 NVL', 835), ('NVIDIA GH200 480GB', 989),
     ('NVIDIA A100-SXM4-80GB', 312), ('NVIDIA A100-PCIE-40GB', 312), ('NVIDIA A100 80GB PCIe', 312), ('NVIDIA L4', 121),
-    ('NVIDIA B200', 2250), ('NVIDIA GeForce RTX 4090', 165), ('NVIDIA RTX 6000 Ada Generation', 364),
-    ('NVIDIA H100 80GB HBM3 MIG 1g.10gb', None), ('NVIDIA GeForce RTX 4090 Laptop GPU', None),
-    ('NVIDIA GeForce RTX 4090 D', None), ('Tesla V100-SXM2-16GB', None), ('NVIDIA L400', None)])
+    ('NVIDIA GeForce RTX 4090', 165), ('NVIDIA RTX 6000 Ada Generation', 364), ('NVIDIA L400', None),
+    ('NVIDIA H100 80GB HBM3 MIG 1g.10gb', None), ('NVIDIA GeForce RTX 4090 Laptop GPU', None)])
 def test_peak_of_a_gpu(name, teraflops):
     assert train.gpu_peak(name, torch.bfloat16) == (teraflops and teraflops * 1e12)
     assert train.gpu_peak(name, torch.float32) == (teraflops and teraflops * 5e11)
@@ -2552,15 +2460,14 @@ def test_configs_have_the_published_sizes():
         cfg = train.load_config([str(file)])
         tokens = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size
         assert cfg.out_dir == f'out/{file.stem}' and train.in_steps('max_steps', cfg.max_steps, tokens) > 0
+        if file.stem not in ('tiny', 'shakespeare', 'evidence'):
+            assert tokens == 2 ** 21 and cfg.gradient_accumulation_steps % 64 == 0
         if file.stem in published:
             shape = {f.name: getattr(cfg, f.name) for f in fields(AdaPonderConfig) if hasattr(cfg, f.name)}
             with torch.device('meta'):
                 m = AdaPonderLM(AdaPonderConfig(**shape))
             parameters = sum(p.numel() for name, p in m.named_parameters() if not name.startswith('gates.'))
             assert parameters == published.pop(file.stem)
-        if file.stem not in ('tiny', 'shakespeare', 'evidence'):
-            assert tokens == 2 ** 21 and cfg.block_size == 2048 and cfg.n_iter == 4
-            assert cfg.gradient_accumulation_steps % 64 == 0
     assert not published
 
 
@@ -2579,9 +2486,8 @@ def test_model_and_training_have_the_same_defaults():
     (dict(vocab_size=2 ** 31), 'vocab_size'), (dict(n_embd='32'), 'of type int'), (dict(n_layer=True), 'of type int'),
     (dict(rotary_pct=0.4), 'rotary_pct'), (dict(rotary_pct=-0.5), 'rotary_pct'), (dict(rotary_base=0.0), 'rotary_base'),
     (dict(norm_eps=math.nan), 'norm_eps'), (dict(gate_bias=math.inf), 'gate_bias'), (dict(early_ce=-0.1), 'early_ce'),
-    (dict(early_ce=math.inf), 'early_ce'), (dict(objective='live'), 'objective'), (dict(feedback='x'), 'feedback'),
-    (dict(gate_width=0.01), 'gate_width'), (dict(gate_width=math.inf), 'finite'),
-    (dict(gate_width=math.nan), 'finite')])
+    (dict(objective='live'), 'objective'), (dict(feedback='x'), 'feedback'), (dict(gate_width=0.01), 'gate_width'),
+    (dict(gate_width=math.inf), 'finite')])
 def test_config_refuses_nonsense(kw, words):
     with pytest.raises(ValueError, match=words):
         AdaPonderConfig(**{**dict(n_embd=32, n_head=4, rotary_pct=0.5), **kw})
@@ -2594,35 +2500,27 @@ def test_config_refuses_nonsense(kw, words):
     (lambda m, x: m.generate(x + 61, 3), 'from 0 to 60'), (lambda m, x: m.generate(x - 1, 3), 'from 0 to 60'),
     (lambda m, x: m.generate(x, 3, top_p=0.0), 'top_p'), (lambda m, x: m.generate(x, 3, top_p=math.nan), 'top_p'),
     (lambda m, x: m.generate(x, 3, top_k=0), 'top_k'), (lambda m, x: m.generate(x, 3, temperature=-1.0), 'temperature'),
-    (lambda m, x: m.generate(x, 3, temperature=math.nan), 'temperature')])
+    (lambda m, x: m.generate(x, 3, temperature=math.nan), 'temperature'),
+    (lambda m, x: m.requires_grad_(False).unembed.weight.fill_(math.nan) is m.generate(x, 3), 'not finite')])
 def test_model_refuses_nonsense(call, words):
     with pytest.raises(ValueError, match=words):
         call(tiny(torch.float32), torch.zeros(1, 33, dtype=torch.long))
 
 
-def test_logits_that_are_not_finite_are_refused():
-    m = tiny()
-    m.unembed.weight.data[3] = math.nan
-    with pytest.raises(ValueError, match='not finite'):
-        m.generate(random_tokens(1, 5), 3)
-
-
 def test_checkpoints_that_cannot_be_read_are_refused(tmp_path):
     m, path = tiny(torch.float32), tmp_path / 'ckpt.pt'
+    state = dict(adaponder=1, config=asdict(m.cfg), model=m.state_dict())
     with pytest.raises(FileNotFoundError, match='no checkpoint'):
         AdaPonderLM.from_checkpoint(path)
-    path.write_bytes(b'junk')
-    with pytest.raises(ValueError, match='not a readable checkpoint'):
-        load_checkpoint(path)
+    for change, words in [(dict(config={**state['config'], 'new': 1}), 'version'), (dict(model={}), 'version'),
+                          (dict(config={**state['config'], 'objective': 'live'}), 'objective')]:
+        torch.save({**state, **change}, path)
+        with pytest.raises(ValueError, match=words):
+            AdaPonderLM.from_checkpoint(path)
     torch.save(dict(model={}), path)
     with pytest.raises(ValueError, match='another project'):
         load_checkpoint(path)
-    for change, words in [(dict(later=1), 'another version'), (dict(n_layer=3), 'another version'),
-                          (dict(objective='live'), 'objective'), ({}, '')]:
-        torch.save(dict(adaponder=1, config={**asdict(m.cfg), **change}, model=m.state_dict()), path)
-        if words:
-            with pytest.raises(ValueError, match=words):
-                AdaPonderLM.from_checkpoint(path)
+    torch.save(state, path)
     again, x = AdaPonderLM.from_checkpoint(path), random_tokens(1, 9)
     assert again.cfg == m.cfg and torch.equal(again(x).logits, m(x).logits)
 

@@ -69,8 +69,8 @@ def table(rows, forms):
     return ''.join(f'| {line} |\n' for line in lines)
 
 
-def save_figure(path, panels, columns, width, height):
-    """Write a picture of panels, functions that draw on a matplotlib axis, each of width x height inches."""
+def save_figure(path, draw, panels, columns, width, height):
+    """Write a picture. draw(ax, data) draws each of the panels, title -> data, in width x height inches."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -78,8 +78,9 @@ def save_figure(path, panels, columns, width, height):
         return
     rows = math.ceil(len(panels) / columns)
     fig = Figure(figsize=(width * columns, height * rows), layout='tight')
-    for ax, draw in zip(fig.subplots(rows, columns, squeeze=False).flat, panels):
-        draw(ax)
+    for ax, (title, data) in zip(fig.subplots(rows, columns, squeeze=False).flat, panels.items()):
+        draw(ax, data)
+        ax.set_title(title, fontsize=9)
     picture = io.BytesIO()
     fig.savefig(picture, format=Path(path).suffix[1:], dpi=150, bbox_inches='tight')
     write_beside(path, picture.getvalue())
@@ -98,21 +99,16 @@ def config_of(path, changes=()):
     return AdaPonderConfig(**own), train_config
 
 
-def load(path, device='cpu', seed=1337):
-    """The model at path, and the dict of its checkpoint or {}.
-
-    path: a checkpoint of train.py, GPT-NeoX weights (a folder or a hub name), or a config file for random weights.
-    """
+def load(path, a):
+    """The model at path, and the dict of its checkpoint or {}. path: of train.py, or a config for random weights."""
     state = {}
     if path.endswith('.py'):
-        torch.manual_seed(seed)
+        torch.manual_seed(a.seed)
         model = AdaPonderLM(config_of(path)[0])
-    elif os.path.isfile(path) or path.endswith('.pt'):
+    else:
         state = load_checkpoint(path)
         model = AdaPonderLM.from_state(state, path)
-    else:
-        model = AdaPonderLM.from_pretrained(path)
-    return model.to(device).eval().requires_grad_(False), state
+    return model.to(a.device, getattr(torch, a.dtype)).eval().requires_grad_(False), state
 
 
 def count_parameters(cfg):
@@ -120,16 +116,11 @@ def count_parameters(cfg):
         return sum(p.numel() for p in AdaPonderLM(cfg).parameters())
 
 
-def autocast(a):
-    return get_autocast(torch.device(a.device), a.dtype)[0]()
-
-
 def val_text(folder, model, state, n, length):
-    """n texts, spread evenly over the val split (all, if it has fewer): (n, length + 1). Refuses another tokenizer's."""
+    """n texts, spread evenly over the val split (all, if it has fewer), (n, length + 1). Refuses another tokenizer."""
     folder = os.path.expanduser(folder)
     meta = load_meta(folder)
-    trained_with = (state.get('meta') or meta).get('tokenizer_sha256')
-    if trained_with != meta['tokenizer_sha256'] or meta['vocab_size'] > model.cfg.vocab_size:
+    if (state.get('meta') or meta).get('tokenizer_sha256') != meta['tokenizer_sha256']:
         raise UsageError(f'the data in {folder} was made with another tokenizer than the model was trained with')
     val = Windows(folder, meta, 'val', length, model.cfg.vocab_size)
     return val.batch(np.unique(np.linspace(0, val.n - 1, n).round().astype(int)) * length)
@@ -156,13 +147,8 @@ def scheduled_policy(kind, mean_cost, target, salt=0):
     return random_policy(shares(p)[1:].tolist(), salt)
 
 
-def forced_policy(share, K):
-    """`share` of the (token, iteration 2 .. K) pairs does not run, whatever the weights are: for measuring time."""
-    return scheduled_policy('geometric', np.arange(K), (1 - share) * (K - 1))
-
-
 def threshold_policy(score, t=-math.inf, record=None):
-    """A token goes on while its score is at least t. record: a CPU tensor (n, T, K) to keep score i in at [..., i]."""
+    """A token goes on while its score is at least t. record: a CPU tensor (n, T, K - 1) to keep scores in."""
     def policy(i, s, h, row, pos):
         x = score(i, s, h, row, pos)
         if record is not None:
@@ -175,11 +161,6 @@ def log_probs(model, h):
     """log softmax of the logits, at least float32. h: (N, d) -> (N, vocab)."""
     logits = model.unembed(h)
     return F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
-
-
-def confidence_score(model):
-    """Minus the probability of the likeliest next token: a token that is sure of it halts."""
-    return lambda i, s, h, row, pos: -log_probs(model, h).amax(-1).exp()
 
 
 def convergence_score(model):
@@ -198,8 +179,10 @@ def convergence_score(model):
     return score
 
 
-SCORES = dict(learned=lambda model: lambda i, s, h, row, pos: s, confidence=confidence_score,
-              convergence=convergence_score)
+SCORES = dict(
+    learned=lambda model: lambda i, s, h, row, pos: s,  # with t = tau this is what the model does by itself
+    confidence=lambda model: lambda i, s, h, row, pos: -log_probs(model, h).amax(-1).exp(),  # the sure ones halt
+    convergence=convergence_score)
 POLICIES = ['learned', 'random', 'uniform', 'geometric', 'confidence', 'convergence']
 
 
@@ -207,7 +190,7 @@ POLICIES = ['learned', 'random', 'uniform', 'geometric', 'confidence', 'converge
 # Measuring windows of text, x: (n, T + 1)
 
 @torch.inference_mode()
-def measure(model, x, a, policy=None):
+def measure(model, x, a, policy=None, **halting):
     """Run windows x packed. Returns depth and NLL, (n, T) on the CPU. The policy's row is a window's number in x."""
     depth, nll = [], []
     for first in range(0, len(x), a.batch_size):
@@ -215,21 +198,10 @@ def measure(model, x, a, policy=None):
 
         def with_row(i, s, h, row, pos):
             return policy(i, s, h, row + first, pos)
-        with autocast(a):
-            out = model(part[:, :-1], part[:, 1:], execution='packed', policy=policy and with_row)
+        out = model(part[:, :-1], part[:, 1:], execution='packed', policy=policy and with_row, **halting)
         depth.append(out.depth.cpu())
         nll.append(out.nll.cpu().double())  # float64 on the CPU alone: some devices have none
     return torch.cat(depth), torch.cat(nll)
-
-
-def nll_by_iteration(model, x, a):
-    """The NLL of each token after each iteration when no token halts, (n, T, K): what max_iter = 1 .. K give."""
-    levels, targets = torch.zeros(*x[:, 1:].shape, model.cfg.n_iter, dtype=torch.float64), x.to(a.device)[:, 1:]
-
-    def score(i, s, h, row, pos):
-        return model.cross_entropy(h, targets[row, pos])[1]
-    levels[..., -1] = measure(model, x, a, threshold_policy(score, record=levels))[1]
-    return levels
 
 
 def cost_table(cfg, T, max_iter=None):
@@ -244,16 +216,15 @@ def flops_spent(cost, depth):
 
 
 def find_threshold(scores, cost, target):
-    """The t at which tokens with scores (n, T, K), the last one not used, spend nearest to target FLOPs on average."""
+    """The t at which tokens with scores (n, T, K - 1) spend nearest to target FLOPs on average."""
     # only the scores themselves matter as thresholds, and the cost falls from each of them to the next
-    values = scores[..., :-1][scores[..., :-1].isfinite()].unique()
+    values = scores[scores.isfinite()].unique().numpy()
 
-    def excess(j):
-        depth = 1 + (scores[..., :-1] >= values[j]).long().cumprod(-1).sum(-1)  # halted stays halted
+    def excess(t):
+        depth = 1 + (scores >= t).long().cumprod(-1).sum(-1)  # halted stays halted
         return flops_spent(cost, depth) - target
-    j = bisect_left(range(len(values)), 0, key=lambda j: -excess(j))
-    near = range(max(0, j - 1), min(j + 1, len(values)))
-    return float(values[min(near, key=lambda j: abs(excess(j)))])
+    j = bisect_left(values, 0, key=lambda t: -excess(t))
+    return float(min(values[max(0, j - 1):j + 1], key=lambda t: abs(excess(t))))
 
 
 def calibrated_policy(model, x, a, kind, cost, target):
@@ -261,20 +232,11 @@ def calibrated_policy(model, x, a, kind, cost, target):
 
     Halting changes later scores a little. So scores are taken where no token halts, and once more where they do.
     """
-    scores, t = torch.zeros(*x[:, 1:].shape, model.cfg.n_iter, dtype=torch.float64), -math.inf
+    scores, t = torch.zeros(*x[:, 1:].shape, model.cfg.n_iter - 1, dtype=torch.float64), -math.inf
     for _ in range(2):
         measure(model, x, a, threshold_policy(SCORES[kind](model), t, record=scores))
         t = find_threshold(scores, cost, target)
     return threshold_policy(SCORES[kind](model), t)
-
-
-def spearman(x, y):
-    """Rank correlation of two tensors of one size; equal values share their mean rank. None where one does not vary."""
-    def ranks(values):
-        _, inverse, counts = np.unique(values.flatten().numpy(), return_inverse=True, return_counts=True)
-        return (np.cumsum(counts) - counts / 2)[inverse]
-    a, b = ranks(x), ranks(y)
-    return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) and np.ptp(b) else None
 
 
 def estimate(samples):
@@ -292,7 +254,7 @@ def compare_policies(model, x, a, kinds, targets, name):
     the others. Returns rows of the two tables of results(): of policies, each with its NLL by window, and of depths.
     """
     T, K, targets, rows, depths = x.size(1) - 1, model.cfg.n_iter, dict(targets), [], []
-    cost, levels = cost_table(model.cfg, T), nll_by_iteration(model, x, a)  # (T, K), (n, T, K)
+    cost = cost_table(model.cfg, T)
 
     def add(policy, setting, depth, nll, cost):
         windows = nll.mean(1).numpy()
@@ -301,8 +263,7 @@ def compare_policies(model, x, a, kinds, targets, name):
                          depth=float(depth.double().mean()), nll=mean, nll_error=error, ppl=math.exp(mean),
                          windows=windows))
     for d in range(1, K + 1):  # without halting, but stopped after d iterations
-        depth = torch.full(levels.shape[:2], d)
-        add('fixed depth', f'max_iter {d}', depth, levels[..., d - 1], cost_table(model.cfg, T, d))
+        add('fixed depth', f'max_iter {d}', *measure(model, x, a, tau=0.0, max_iter=d), cost_table(model.cfg, T, d))
 
     for setting, kind in tqdm([(s, k) for s in targets for k in kinds], desc=name, leave=False):
         target = targets[setting]
@@ -319,48 +280,21 @@ def compare_policies(model, x, a, kinds, targets, name):
         if kind == 'learned':
             targets[setting] = rows[-1]['flops']
             active = [float((depth > i).double().mean()) for i in range(1, K)]
-            if target is None:
-                depths = by_depth(depth, nll, levels)
-    return rows, [dict(model=name, **row) for row in depths]
-
-
-def by_depth(depth, nll, levels):
-    """Which tokens halt when. depth, nll: (n, T), as the model runs; levels: (n, T, K), NLL where no token halts.
-
-    rank_correlation: in the row of depth d, of a token's depth with what the iterations after d save it.
-    """
-    rows = []
-    for d in range(1, levels.size(-1) + 1):
-        at = depth == d
-        rows.append(dict(depth=d, share=float(at.double().mean()), nll=float(nll[at].mean()) if at.any() else None,
-                         rank_correlation=spearman(depth, levels[..., d - 1] - levels[..., -1])))
-    return rows
-
-
-def add_comparisons(rows, main):
-    """Give rows their NLL over the main model's gates at the same FLOPs, and the share of the gain that they retain.
-
-    The error of the difference is paired, over windows.
-    """
-    learned = {r['setting']: r['windows'] for r in rows if (r['model'], r['policy']) == (main, 'learned')}
-    whole = {r['model']: r['nll'] for r in rows if r['policy'] == 'fixed depth'}  # the last one: all iterations
-    gain = whole.get('vanilla', 0) - whole.get('fixed', math.inf)
-    for r in rows:
-        if r['setting'] in learned and r['policy'] != 'learned':
-            r['over_learned'], r['over_learned_error'] = estimate(r['windows'] - learned[r['setting']])
-        if gain > 0 and r['model'] != 'vanilla':
-            r['retained'] = (whole['vanilla'] - r['nll']) / gain
+        for d in range(1, K + 1) if target is None else []:
+            at = depth == d
+            depths.append(dict(model=name, depth=d, share=float(at.double().mean()), nll=float(nll[at].mean())))
+    return rows, depths
 
 
 def load_models(a):
     """The models of ppl by name, that of --ckpt first, and the dict of its checkpoint."""
-    model, state = load(a.ckpt, a.device)
+    model, state = load(a.ckpt, a)
     models = {'vanilla' if model.cfg.n_iter == 1 else 'adaptive' if model.cfg.halting else 'fixed': model}
     for other in a.others:
         name, equals, path = other.partition('=')
-        if not (name and path) or name in models:
+        if not path or name in models:
             raise UsageError(f'--others takes NAME=CKPT, with a name of its own for each, not {other!r}')
-        models[name] = load(os.path.expanduser(path), a.device)[0]
+        models[name] = load(os.path.expanduser(path), a)[0]
         if any(getattr(models[name].cfg, f) != getattr(model.cfg, f) for f in ('vocab_size', 'block_size')):
             raise UsageError(f'{path} has another vocabulary or block_size than {a.ckpt}: they cannot be compared')
     return models, state
@@ -375,8 +309,6 @@ def ppl(a):
     (main, model), config = next(iter(models.items())), state.get('train_config', {})
     cfg, folder = model.cfg, a.data or config.get('data_dir', '')
     x = val_text(folder, model, state, max(2, a.eval_tokens // cfg.block_size), cfg.block_size)
-    if len(x) < 2:
-        raise UsageError(f'the val split of {folder} has only one window of {cfg.block_size} tokens')
     full = float(cost_table(replace(cfg, halting=False), cfg.block_size)[:, -1].mean())
     shares = {f'save {share:.3g}': (1 - share) * full for share in a.save}
 
@@ -395,12 +327,14 @@ def ppl(a):
         measured = compare_policies(m, x, a, kinds, targets, name)
         rows += measured[0]
         depths += measured[1]
-    add_comparisons(rows, main)
+    learned = {r['setting']: r['windows'] for r in rows if (r['model'], r['policy']) == (main, 'learned')}
     run = dict(group=a.group or f'{Path(folder).name}, {cfg.n_layer} layers of width {cfg.n_embd}',
                seed=config.get('seed', 0))
     for row in rows:
-        del row['windows']
         row['saved'] = 1 - row['flops'] / full
+        windows = row.pop('windows')
+        if row['setting'] in learned and row['policy'] != 'learned':  # the error is paired
+            row['over_learned'], row['over_learned_error'] = estimate(windows - learned[row['setting']])
     found = dict(rows=[run | row for row in rows], depths=[run | row for row in depths])
     print(f'{a.ckpt}: K = {cfg.n_iter}, {count_parameters(cfg):,} parameters. {len(x)} windows of {cfg.block_size} '
           f'tokens of {folder}.\n')
@@ -414,15 +348,14 @@ def ppl(a):
 KEYS = dict(rows=('group', 'model', 'policy', 'setting'), depths=('group', 'model', 'depth'))  # what names a row
 FORMS = dict(
     rows=dict(model='{}', policy='{}', setting='{}', seeds='{}', flops='{:.4g}', saved='{:.1%}', depth='{:.2f}',
-              nll='{:.4f}', ppl='{:.3f}', over_learned='{:+.4f}', retained='{:.1%}'),
-    depths=dict(model='{}', depth='{}', seeds='{}', share='{:.1%}', nll='{:.3f}', rank_correlation='{:.3f}'))
+              nll='{:.4f}', ppl='{:.3f}', over_learned='{:+.4f}'),
+    depths=dict(model='{}', depth='{}', seeds='{}', share='{:.1%}', nll='{:.3f}'))
 
 
 def mean_over_seeds(found):
     """group -> dict(rows, depths), with one row for all that only differ in the seed.
 
-    It has the mean of each number that all have, and its standard deviation as KEY_error. A row that is alone keeps its
-    own errors, over windows.
+    It has the mean of each number and its standard deviation as KEY_error; a row that is alone keeps its own errors.
     """
     groups = defaultdict(lambda: dict(rows=[], depths=[]))
     for kind, keys in KEYS.items():
@@ -430,20 +363,21 @@ def mean_over_seeds(found):
         for row in found[kind]:
             seeds[tuple(row[key] for key in keys)].append(row)
         for names, same in seeds.items():
-            mean = dict(zip(keys, names)) if len(same) > 1 else dict(same[0])
-            for name in same[0] if len(same) > 1 else []:
-                numbers = [row.get(name) for row in same]
-                if name not in (*keys, 'seed') and not name.endswith('_error') and None not in numbers:
-                    mean[name], mean[f'{name}_error'] = float(np.mean(numbers)), float(np.std(numbers, ddof=1))
-            groups[mean['group']][kind].append(dict(mean, seeds=len(same)))
+            mean = dict(same[0], seeds=len(same))
+            for name in [n for n in mean if n not in (*keys, 'seed', 'seeds') and not n.endswith('_error')]:
+                numbers = [row.get(name, math.nan) for row in same]  # nan where a run has no such number
+                mean[name] = float(np.mean(numbers))
+                if len(same) > 1:
+                    mean[f'{name}_error'] = float(np.std(numbers, ddof=1))
+            groups[mean['group']][kind].append(mean)
     return groups
 
 
 def tables(groups):
     """Of each group its policies at equal FLOPs, and the tokens of its models by depth, as text."""
     text = ('NLL in nats a token; saved: inference FLOPs, against fixed depth without gates; over learned: NLL minus '
-            'that of the learned gates at the same FLOPs; rank correlation: of depth with what the iterations after '
-            'this one save. ±: standard deviation over seeds; of one seed the standard error over windows.\n')
+            'that of the learned gates at the same FLOPs. ±: standard deviation over seeds; of one seed the standard '
+            'error over windows.\n')
     for group, means in groups.items():
         text += '\n'.join([f'\n## {group}\n', *(table(rows, FORMS[kind]) for kind, rows in means.items())])
     return text
@@ -460,20 +394,20 @@ def results(a):
                 found[kind] += record[kind]
             groups = mean_over_seeds(found)
             text = tables(groups)
-            names = [(row['seed'], *(row[key] for key in KEYS['rows'])) for row in found['rows'] if row['saved'] < 1]
+            names = [(row['seed'], *(row[key] for key in KEYS['rows'])) for row in found['rows']]
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UsageError(f'{path} is not a JSON file of bench.py ppl, nor a results.json') from None
         if len(set(names)) < len(names):
             raise UsageError(f'{path} repeats a seed of its group: tell settings apart by ppl --group')
     print(text)
     write_beside(out / 'results.json', json.dumps(found, indent=1).encode('utf-8'))  # it can be read in place of these
-    for name, kind, draw, size in (('isoflops.png', 'rows', draw_iso_flops, (5.5, 4.2)),
-                                   ('nll_by_depth.png', 'depths', draw_by_depth, (4, 3))):
-        panels = [partial(draw, rows=means[kind], title=group) for group, means in groups.items()]
-        save_figure(out / name, panels, len(groups), *size)
+    rows, depths = ({group: means[kind] for group, means in groups.items()} for kind in KEYS)
+    save_figure(out / 'isoflops.png', draw_iso_flops, rows, len(groups), 5.5, 4.2)
+    save_figure(out / 'nll_by_depth.png', draw_by_depth, depths, len(groups), 4, 3)
+    return found
 
 
-def draw_iso_flops(ax, rows, title):
+def draw_iso_flops(ax, rows):
     """NLL against FLOPs saved, a line a policy. Bars: error of the distance to the learned gates."""
     lines = defaultdict(list)
     for r in rows:
@@ -484,18 +418,16 @@ def draw_iso_flops(ax, rows, title):
     for name, points in lines.items():
         ax.errorbar(*zip(*sorted(points)), label=name, marker='o', ms=4, lw=1, capsize=2)
     ax.set(xlabel='inference FLOPs saved, %', ylabel='validation NLL, nats a token')
-    ax.set_title(title, fontsize=9)
     ax.legend(fontsize=6)
 
 
-def draw_by_depth(ax, rows, title):
+def draw_by_depth(ax, rows):
     """Mean NLL of the tokens that halted at each depth of the adaptive model; the width of a bar is their share."""
     for r in rows:
-        if r['model'] == 'adaptive' and r.get('nll') is not None:
-            width = 0.1 + 0.8 * r['share']
-            ax.bar(f'{r["depth"]}\n{r["share"]:.1%}', r['nll'], width, yerr=r.get('nll_error'), color='C0', capsize=3)
+        if r['model'] == 'adaptive':
+            label, width = f'{r["depth"]}\n{r["share"]:.1%}', 0.1 + 0.8 * r['share']
+            ax.bar(label, r['nll'], width, yerr=r.get('nll_error'), color='C0', capsize=3)
     ax.set(xlabel='depth, iterations; share of the tokens', ylabel='NLL, nats a token')
-    ax.set_title(title, fontsize=9)
 
 
 # -----------------------------------------------------------------------------
@@ -527,7 +459,7 @@ def flops(a):
     """Parameters and forward FLOPs a token by part and depth, by formula and as torch counts them."""
     found = []
     for path in a.paths:
-        cfg = config_of(path)[0] if path.endswith('.py') else load(path)[0].cfg
+        cfg = config_of(path)[0] if path.endswith('.py') else load(path, a)[0].cfg
         T, K, P = cfg.block_size, cfg.n_iter, count_parameters(cfg)
         context = (T + 1) / 2  # keys that a token sees, on average
         f, vanilla = cfg.flops(context), replace(cfg, n_iter=1).inference_flops(1, context)
@@ -568,7 +500,7 @@ def activation_memory(cfg, batch_size, bfloat16=True, remat=False, like_gpu=True
     autograd adds up gradients in place where it can, but never fake ones: at most the size of the gradients.
     """
     with FakeTensorMode():
-        model = fake_model(replace(cfg, objective='saving'))  # the gates of 'paper' add less than one percent
+        model = fake_model(replace(cfg, objective='saving'))  # the gates of 'paper' add 2 percent
         model.remat = remat
         if like_gpu:
             model.on_cpu = lambda h: False
@@ -577,7 +509,7 @@ def activation_memory(cfg, batch_size, bfloat16=True, remat=False, like_gpu=True
         x = torch.empty(batch_size, cfg.block_size + 1, dtype=torch.int64)
         with PeakMemory([*model.parameters(), x]) as memory:
             with torch.autocast('cpu', torch.bfloat16, enabled=bfloat16):
-                loss = model(x[:, :-1], x[:, 1:], policy=all_go_on).loss
+                loss = model(x[:, :-1], x[:, 1:], policy=all_go_on if model.gates else None).loss
             loss.backward()
     return memory.peak
 
@@ -609,10 +541,7 @@ def plan(a):
     forward      {forward / 1e9:.3f} GFLOPs a token that runs all iterations; {forward / vanilla:.2f} x n_iter=1
     training     {training:.3e} FLOPs: 3 x forward x tokens
     time         {hours / a.gpus / 24:.2f} days, {hours:,.0f} GPU hours{price}; {peak:.3g} FLOP/s x MFU {a.mfu:.0%}
-    weights      {memory['weights'] / 1e9:.2f} GB: 4 P
-    gradients    {memory['gradients'] / 1e9:.2f} GB: 4 P
-    optimizer    {memory['optimizer'] / 1e9:.2f} GB: 8 P / {shards}
-    activations  {memory['activations'] / 1e9:.2f} GB: of a micro-batch at its peak, counted on tensors without values
+    memory       {', '.join(f'{name} {size / 1e9:.2f} GB' for name, size in memory.items())}
     a GPU        {need / 1e9:.2f} GB of {gigabytes}; each sequence takes {each / 1e9:.3f} GB: batch_size {largest} fits
 """)
     return dict(config=asdict(cfg), parameters=P, tokens=tokens, forward_flops=forward, training_flops=training,
@@ -624,9 +553,8 @@ def plan(a):
 
 def timed(fn, device):
     """Run fn. Returns the seconds that it took, and what it returned."""
-    def wait():  # until the device has done what it was given
-        if torch.device(device).type != 'cpu':
-            torch.accelerator.synchronize()
+    # until the device has done what it was given
+    wait = torch.accelerator.synchronize if device.type != 'cpu' else lambda: None
     wait()
     start = time.perf_counter()
     out = fn()
@@ -635,10 +563,7 @@ def timed(fn, device):
 
 
 def per_token(cfg, seconds, depth, context, heads):
-    """A timed run as dict(seconds, flops, depth) of a mean token.
-
-    depth: of each token, context: the keys that it sees. heads: how many tokens got logits.
-    """
+    """dict(seconds, flops, depth) of a mean token. depth, context: of each token; heads: how many got logits."""
     n, depth = depth.numel(), depth.cpu().double()
     flops = float(cfg.inference_flops(depth, context).sum()) - (n - heads) * cfg.flops(0)['unembed']
     return dict(seconds=seconds / n, flops=flops / n, depth=float(depth.mean()))
@@ -687,8 +612,9 @@ def time_variants(case, variants, rounds):
             runs[name].append(fn())
     # ratios within a round: what slows the machine for a while slows all variants alike
     first = next(iter(runs.values()))
+    base = np.array([r['seconds'] for r in first])
     for name, mine in runs.items():
-        seconds, base = (np.array([r['seconds'] for r in some]) for some in (mine, first))
+        seconds = np.array([r['seconds'] for r in mine])
         time_ratio = np.percentile(seconds / base, (25, 50, 75)).tolist()
         flop_ratio = mine[0]['flops'] / first[0]['flops']
         rows.append(dict(case=case, variant=name, depth=mine[0]['depth'], graphs=graphs[name],
@@ -702,7 +628,7 @@ def speed(a):
 
     A share of halting is forced; with --data the model's own gates run too.
     """
-    model, state = load(a.path, a.device, a.seed)
+    model, state = load(a.path, a)
     cfg, T = model.cfg, model.cfg.block_size
     length, prompt = a.length or min(1024, T), a.prompt or max(1, min(64, T // 4))
     new = min(32, (T - prompt) // 2)  # time_decode() needs room for twice as many
@@ -710,21 +636,22 @@ def speed(a):
         raise UsageError('speed compares adaptive with fixed depth: give a model with gates and n_iter > 1')
     if length > T or new < 1:
         raise UsageError(f'--length must be at most block_size, which is {T}, and --prompt smaller')
-    model = model.to(getattr(torch, a.dtype))
     fixed = copy.deepcopy(model)
     fixed.cfg, fixed.gates = replace(cfg, halting=False), torch.nn.ModuleList()
     if a.compile:
         for block in [*model.blocks, *fixed.blocks]:  # as train.py does
             block.compile()
     policies = {'adaptive': None} if a.data else {}
-    policies |= {f'adaptive, {share:.0%} halted': forced_policy(share, cfg.n_iter) for share in a.share}
+    for share in a.share:  # of all iterations 2 .. K
+        policy = scheduled_policy('geometric', np.arange(cfg.n_iter), (1 - share) * (cfg.n_iter - 1))
+        policies[f'adaptive, {share:.0%} halted'] = policy
 
     def text(n, length):
         if a.data:
             return val_text(a.data, model, state, n, length)[:, :length].to(a.device)
         generator = torch.Generator().manual_seed(a.seed)
         return torch.randint(cfg.vocab_size, (n, length), generator=generator).to(a.device)
-    cases = {f'prefill {length}': partial(time_prefill, x=text(a.batch_size, length))}
+    cases = {f'prefill {length}': partial(time_prefill, x=text(1, length))}
     for n in a.slots:
         cases[f'decode, {n} slots'] = partial(time_decode, prompts=text(n, prompt).tolist(), n=new)
     rows = []
@@ -748,8 +675,7 @@ def sampling_of(settings):
     until = settings.get('until') or []
     until = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
     names = ('max_gen_toks', 'max_new_tokens', 'max_tokens', 'max_completion_tokens')
-    given = [settings[name] for name in names if settings.get(name) is not None]
-    new_tokens = int(given[0]) if given else 256
+    new_tokens = next((int(settings[name]) for name in names if settings.get(name) is not None), 256)
     # sampling needs a temperature; without one, or with do_sample=False, decoding is greedy
     temperature = float(settings.get('temperature') or 0.0)
     if settings.get('do_sample') is False:
@@ -778,9 +704,8 @@ def harness_model(model, enc, a):
             for _, context, continuation in tqdm(requests, desc='loglikelihood', leave=False):
                 text = torch.tensor([(context + continuation)[-T - 1:]], device=a.device)
                 want = text[0, 1:][-len(continuation):]
-                with autocast(a):
-                    out = model(text[:, :-1], execution='packed', **halting)
-                    log_p = log_probs(model, out.hidden[0, -len(want):])
+                out = model(text[:, :-1], execution='packed', **halting)
+                log_p = log_probs(model, out.hidden[0, -len(want):])
                 done.append((float(log_p.gather(-1, want[:, None]).sum()), bool((log_p.argmax(-1) == want).all())))
                 self.depths += out.depth[0].tolist()
             return done
@@ -801,9 +726,7 @@ def harness_model(model, enc, a):
             for n, request in enumerate(tqdm(requests, desc='generate', leave=False)):
                 context, settings = request.args
                 until, budget, *sampling = sampling_of(settings)
-                if budget >= T:
-                    raise UsageError(f'a task wants {budget} new tokens, and this model sees {T} at a time')
-                prompt, made, text = (enc.encode_ordinary(context) or [eot])[-(T - budget):], [], ''
+                prompt, made, text = (enc.encode_ordinary(context) or [eot])[-max(1, T - budget):], [], ''
                 generator = torch.Generator().manual_seed(a.seed + n)
                 for step in stream(model, [prompt], budget, *sampling, generator, **halting, stop_token=eot):
                     self.depths.append(step.depth)
@@ -821,29 +744,24 @@ def downstream(a):
     try:
         import lm_eval
         from lm_eval.tasks import TaskManager
+        from lm_eval.utils import make_table
     except ImportError:
         raise UsageError('downstream needs lm-evaluation-harness: pip install lm-eval') from None
-    model, enc = sample.load(a.ckpt, a.tokenizer, torch.float32)
+    model, enc = sample.load(a.ckpt, a.tokenizer, getattr(torch, a.dtype))
     model = model.to(a.device).eval().requires_grad_(False)
     if enc.eot_token >= model.cfg.vocab_size:
         raise UsageError('the tokenizer has more tokens than the model: give the one that it was trained with')
-    lm, manager, rows = harness_model(model, enc, a), TaskManager(), []
+    lm, manager, found = harness_model(model, enc, a), TaskManager(), {}
     unknown = [task for task in a.tasks.split(',') if task not in manager.all_tasks]
     if unknown:
         raise UsageError(f'lm-eval knows no task {", ".join(unknown)}')
     for task in a.tasks.split(','):
         lm.depths = []
-        found = lm_eval.simple_evaluate(lm, tasks=[task], num_fewshot=a.num_fewshot, limit=a.limit,
-                                        task_manager=manager, log_samples=False, bootstrap_iters=1000)
-        for name, result in found['results'].items():
-            for metric, value in result.items():
-                if isinstance(value, float) and '_stderr' not in metric:
-                    error = result.get(metric.replace(',', '_stderr,'))  # a number or 'N/A'
-                    rows.append(dict(task=name, metric=metric.split(',')[0], value=value, depth=np.mean(lm.depths),
-                                     value_error=error if isinstance(error, float) else None))
-    print(f'\n{a.ckpt}: K = {model.cfg.n_iter}, {a.num_fewshot or 0} shots\n')
-    print(table(rows, dict(task='{}', metric='{}', value='{:.4f}', depth='{:.2f}')))
-    return dict(config=asdict(model.cfg), rows=rows)
+        scores = lm_eval.simple_evaluate(lm, tasks=[task], num_fewshot=a.num_fewshot, limit=a.limit,
+                                         task_manager=manager, log_samples=False, bootstrap_iters=1000)
+        found[task] = dict(results=scores['results'], depth=float(np.mean(lm.depths)))
+        print(f'{make_table(scores)}\n{task}: mean depth {found[task]["depth"]:.2f} of {model.cfg.n_iter}\n')
+    return dict(config=asdict(model.cfg), tasks=found)
 
 
 # -----------------------------------------------------------------------------
@@ -874,11 +792,12 @@ def curves(a):
             if points:  # gate_mean has a value for each gate: a line each
                 steps, values = zip(*points)
                 ax.plot(steps, np.array(values, float), color=f'C{n}', alpha=0.75, lw=1, label=folder)
-        ax.set(title=key, xlabel='step', yscale='log' if key == 'grad_norm' else 'linear')
+        ax.set(xlabel='step', yscale='log' if key == 'grad_norm' else 'linear')
         if key == PANELS[0]:
             ax.legend(fontsize=7)
     Path(a.out).parent.mkdir(parents=True, exist_ok=True)
-    save_figure(a.out, [partial(draw, key=key) for key in PANELS], 4, 4.5, 3.5)
+    save_figure(a.out, draw, dict(zip(PANELS, PANELS)), 4, 4.5, 3.5)
+    return dict(runs=logs)
 
 
 # -----------------------------------------------------------------------------
@@ -902,45 +821,39 @@ def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sub = parser.add_subparsers(dest='command', required=True)
 
-    def command(fn, json=True, runs=True):
-        """A subcommand. json: it measures something; runs: with a model, on a device."""
+    def command(fn, runs=True):
+        """A subcommand. runs: a model, on a device."""
         c = sub.add_parser(fn.__name__, help=fn.__doc__.split('\n')[0], description=fn.__doc__)
-        c.set_defaults(run=fn, json=None)
-        if json:
-            c.add_argument('--json', type=PATH, help='write the numbers here')
+        c.set_defaults(run=fn)
+        c.add_argument('--json', type=PATH, help='write the numbers here')
         if runs:
             c.add_argument('--seed', type=number(int, 0, 2 ** 32 - 1), default=1337)
             c.add_argument('--device', default='auto', help='cpu, cuda, cuda:1, mps; auto: a GPU where there is one')
             c.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
         return c.add_argument
 
-    arg = command(flops, runs=False)
-    arg('--config', '--ckpt', dest='paths', nargs='+', type=PATH, action='extend', required=True,
-        help='config files, checkpoints or GPT-NeoX folders')
+    arg = command(flops)
+    arg('--config', '--ckpt', dest='paths', nargs='+', type=PATH, action='extend', required=True)
 
     arg = command(ppl)
     arg('--ckpt', required=True, type=PATH, help='a ckpt.pt of train.py')
     arg('--data', type=PATH, help='a folder of prepare_data.py; default: the one that the checkpoint was trained on')
-    arg('--others', nargs='+', default=[], metavar='NAME=CKPT',
-        help='other models: with gates as they were trained, without gates under exits by confidence and convergence; '
-        'the gain that is retained is that of the one named fixed over the one named vanilla')
+    arg('--others', nargs='+', default=[], metavar='NAME=CKPT', help='models to compare with, of the same data')
     arg('--policies', nargs='+', choices=POLICIES, default=POLICIES)
     arg('--save', nargs='*', type=SHARE, default=[0.05, 0.15, 0.25], help="shares of fixed depth's FLOPs to save")
     arg('--eval_tokens', type=COUNT, default=32768, help='of the val split, evenly spread')
     arg('--batch_size', type=COUNT, default=16)
     arg('--group', help='name of the setting: results takes the mean over the seeds of one')
 
-    arg = command(results, json=False, runs=False)
+    arg = command(results, runs=False)
     arg('files', nargs='+', type=PATH, help='JSON files of ppl, or a results.json')
     arg('--out', type=PATH, default='out/results', help='a folder')
 
     arg = command(speed)
-    arg('--config', '--ckpt', dest='path', type=PATH, required=True,
-        help='a checkpoint, a GPT-NeoX folder, or a config file: random weights in its shape')
+    arg('--ckpt', '--config', dest='path', type=PATH, required=True, help='the latter for random weights')
     arg('--share', nargs='*', type=SHARE, default=[0.0, 0.5], help='of the pairs (token, iteration 2 .. K) not to run')
     arg('--data', type=PATH, help='a folder of prepare_data.py: its val split instead of random tokens')
     arg('--length', type=number(int, 2), help='tokens to prefill; default: block_size, at most 1024')
-    arg('--batch_size', type=COUNT, default=1, help='such texts at a time')
     arg('--slots', nargs='*', type=COUNT, default=[1, 8, 32, 128], help='texts to decode at a time')
     arg('--prompt', type=COUNT, help='tokens of a prompt to decode from; default: a quarter of block_size, at most 64')
     arg('--rounds', type=COUNT, default=5)
@@ -963,29 +876,29 @@ def make_parser():
     arg('--tau', type=SHARE)
     arg('--max_iter', type=COUNT)
 
-    arg = command(curves, json=False, runs=False)
+    arg = command(curves, runs=False)
     arg('folders', nargs='+', type=PATH, help='the out_dir of each run')
     arg('--out', type=PATH, default='out/curves.png')
     return parser
 
 
 def main(argv=None):
-    """Run a command. Returns the numbers that it measured, a dict, or None."""
+    """Run a command. Returns the numbers that it prints, a dict."""
     a = make_parser().parse_args(argv)
     run = vars(a).pop('run')
     if a.json:
         check_writable(a.json)  # before the work, not after it
     if 'device' in a:
         a.device = get_device(a.device)
+        get_autocast(a.device, a.dtype)  # refuses bfloat16 on a GPU without it
     measured = run(a)
-    if measured:
-        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'
-        machine = dict(cpu=platform.processor() or platform.machine(), cpus=os.cpu_count(), gpu=gpu,
-                       threads=torch.get_num_threads(), python=platform.python_version(), torch=torch.__version__)
-        print('\n' + ', '.join(f'{k} {v}' for k, v in machine.items()))
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'
+    machine = dict(cpu=platform.processor() or platform.machine(), cpus=os.cpu_count(), gpu=gpu,
+                   threads=torch.get_num_threads(), python=platform.python_version(), torch=torch.__version__)
+    print('\n' + ', '.join(f'{k} {v}' for k, v in machine.items()))
     if a.json:
-        record = dict(arguments=vars(a), machine=machine, **measured)
-        write_beside(a.json, json.dumps(record, indent=1, default=str).encode('utf-8'))
+        text = json.dumps(dict(arguments=vars(a), machine=machine, **measured), indent=1, default=str)
+        write_beside(a.json, text.encode('utf-8'))
     return measured
 
 

@@ -437,8 +437,7 @@ def fake_model(cfg):
     """The model with such weights, made under FakeTensorMode."""
     with torch.device('meta'):
         model = AdaPonderLM(cfg)
-    weights = {name: torch.empty(p.shape) for name, p in model.state_dict().items()}
-    model.load_state_dict(weights, assign=True)
+    model.load_state_dict({name: torch.empty(p.shape) for name, p in model.state_dict().items()}, assign=True)
     return model
 
 
@@ -502,8 +501,7 @@ def activation_memory(cfg, batch_size, bfloat16=True, remat=False, like_gpu=True
     with FakeTensorMode():
         model = fake_model(replace(cfg, objective='saving'))  # the gates of 'paper' add 2 percent
         model.remat = remat
-        if like_gpu:
-            model.on_cpu = lambda h: False
+        model.on_cpu = lambda h: not like_gpu
         for p in model.parameters():
             p.grad = torch.empty_like(p)
         x = torch.empty(batch_size, cfg.block_size + 1, dtype=torch.int64)
@@ -516,8 +514,7 @@ def activation_memory(cfg, batch_size, bfloat16=True, remat=False, like_gpu=True
 
 def plan(a):
     """What training a config takes: FLOPs, days, dollars, memory of a GPU and the largest micro-batch that fits it."""
-    cfg, t = config_of(a.config, a.set)
-    peak, gigabytes = GPUS[a.gpu]
+    (cfg, t), (peak, gigabytes) = config_of(a.config, a.set), GPUS[a.gpu]
     N, K, P = t.batch_size * t.block_size, cfg.n_iter, count_parameters(cfg)
     steps = in_steps('max_steps', t.max_steps, N * t.gradient_accumulation_steps)
     tokens = steps * t.gradient_accumulation_steps * N
@@ -553,8 +550,7 @@ def plan(a):
 
 def timed(fn, device):
     """Run fn. Returns the seconds that it took, and what it returned."""
-    # until the device has done what it was given
-    wait = torch.accelerator.synchronize if device.type != 'cpu' else lambda: None
+    wait = torch.accelerator.synchronize if device.type != 'cpu' else lambda: None  # a GPU works on its own
     wait()
     start = time.perf_counter()
     out = fn()
@@ -632,10 +628,8 @@ def speed(a):
     cfg, T = model.cfg, model.cfg.block_size
     length, prompt = a.length or min(1024, T), a.prompt or max(1, min(64, T // 4))
     new = min(32, (T - prompt) // 2)  # time_decode() needs room for twice as many
-    if cfg.n_iter == 1 or not cfg.halting:
-        raise UsageError('speed compares adaptive with fixed depth: give a model with gates and n_iter > 1')
-    if length > T or new < 1:
-        raise UsageError(f'--length must be at most block_size, which is {T}, and --prompt smaller')
+    if cfg.n_iter == 1 or not cfg.halting or length > T or new < 1:
+        raise UsageError(f'give a model with gates and n_iter > 1, --length up to block_size ({T}), --prompt below it')
     fixed = copy.deepcopy(model)
     fixed.cfg, fixed.gates = replace(cfg, halting=False), torch.nn.ModuleList()
     if a.compile:
@@ -752,9 +746,9 @@ def downstream(a):
     if enc.eot_token >= model.cfg.vocab_size:
         raise UsageError('the tokenizer has more tokens than the model: give the one that it was trained with')
     lm, manager, found = harness_model(model, enc, a), TaskManager(), {}
-    unknown = [task for task in a.tasks.split(',') if task not in manager.all_tasks]
-    if unknown:
-        raise UsageError(f'lm-eval knows no task {", ".join(unknown)}')
+    for task in a.tasks.split(','):
+        if task not in manager.all_tasks and not Path(task).is_file():
+            raise UsageError(f'lm-eval knows no task {task}')
     for task in a.tasks.split(','):
         lm.depths = []
         scores = lm_eval.simple_evaluate(lm, tasks=[task], num_fewshot=a.num_fewshot, limit=a.limit,
@@ -869,7 +863,7 @@ def make_parser():
 
     arg = command(downstream)
     arg('--ckpt', required=True, type=PATH, help='a ckpt.pt of train.py or a GPT-NeoX folder')
-    arg('--tasks', required=True, help='lambada_openai,piqa,arc_easy,...')
+    arg('--tasks', required=True, help='lambada_openai,piqa,arc_easy,..., or the YAML file of a task of your own')
     arg('--tokenizer', type=PATH, help="a tokenizer.json; default: the checkpoint's")
     arg('--num_fewshot', type=number(int, 0))
     arg('--limit', type=COUNT, help='documents a task')

@@ -2681,37 +2681,26 @@ def test_scores_against_their_definitions(kind):
     assert (depth == 4).all() and torch.allclose(got, torch.stack(want[kind], -1).double(), atol=1e-6)
 
 
-def test_measure_is_the_model_itself():
-    m, x = tiny(), val_windows()
-    out = m(x[:, :-1], x[:, 1:])
-    assert len(set(out.depth.flatten().tolist())) > 1
-    for policy in (None, bench.threshold_policy(bench.SCORES['learned'](m), m.cfg.tau)):
-        depth, nll = bench.measure(m, x, OPTIONS, policy)
-        assert torch.equal(depth, out.depth) and torch.allclose(nll, out.nll.double())
-
-
 def test_convergence_exits_of_a_token_that_halts():
     """The score of iteration i compares with the same token's prediction after i - 1, whoever has halted in between."""
     m, x = tiny(halting=False), val_windows()
     got = torch.zeros(6, 32, 3, dtype=torch.float64)
     bench.measure(m, x, OPTIONS, bench.threshold_policy(bench.convergence_score(m), record=got))
     t = 1.001 * float(got[..., 1].median())  # no token's own score
-    policy = bench.threshold_policy(bench.convergence_score(m), t, record=got)
-    depth, _ = bench.measure(m, x, OPTIONS, policy)
-    states, halted = [], []
+    depth, _ = bench.measure(m, x, OPTIONS, bench.threshold_policy(bench.convergence_score(m), t, record=got))
+    assert set(depth.flatten().tolist()) == {2, 3, 4}
+    P = {}
 
     def by_hand(i, s, h, row, pos):
-        states.append({(r, p): m.unembed(h[n]).softmax(-1) for n, (r, p) in enumerate(zip(row.tolist(), pos.tolist()))})
         on = []
-        for key, q in states[i].items():
-            kl = float((states[i - 1][key] * (states[i - 1][key] / q).log()).sum()) if i else math.inf
-            assert i == 0 or abs(kl - float(got[key[0], key[1], i])) < 1e-6
+        for n, key in enumerate(zip(row.tolist(), pos.tolist())):
+            P[i, key] = m.unembed(h[n]).softmax(-1)
+            kl = float((P[i - 1, key] * (P[i - 1, key] / P[i, key]).log()).sum()) if i else math.inf
+            assert i == 0 or abs(kl - float(got[key][i])) < 1e-6
             on.append(kl >= t)
-        halted.append(on.count(False))
         return torch.tensor(on)
     with torch.no_grad():
         assert torch.equal(m(x[:, :-1], policy=by_hand).depth, depth)
-    assert halted[0] == 0 < halted[1] and 0 < halted[2]
 
 
 def test_threshold_is_the_nearest():
@@ -2756,7 +2745,7 @@ def test_ppl_and_results(tmp_path, capsys):
     made = {name: tiny(torch.float32, seed=n, **kw) for n, (name, kw) in enumerate(kinds.items())}
     paths = {name: bench_run(tmp_path, f'{name}.pt', m) for name, m in made.items()}
     argv = ['ppl', '--ckpt', paths.pop('adaptive'), '--others', *(f'{name}={p}' for name, p in paths.items())]
-    argv += ['--save', 0.2, 0.5, '--eval_tokens', 1000, '--seed', 7, '--json', tmp_path / 'one.json']
+    argv += ['--save', 0.2, 0.4, '--eval_tokens', 1000, '--seed', 7, '--json', tmp_path / 'one.json']
     got, text = run_bench(*argv), capsys.readouterr().out
     x = bench.val_text(tmp_path / 'data', made['adaptive'], {}, 31, 32)
     assert len({tuple(w) for w in x.tolist()}) == 31
@@ -2776,8 +2765,8 @@ def test_ppl_and_results(tmp_path, capsys):
         assert abs(r['nll_error'] - float(out.nll.double().mean(1).std() / math.sqrt(31))) < 1e-6
     # equal FLOPs at each setting, and the difference to the gates is paired
     for (model, policy, setting), r in rows.items():
-        if policy != 'fixed depth' and setting != 'as trained':
-            assert abs(r['saved'] - rows['adaptive', 'learned', setting]['saved']) < 0.04, (model, policy, setting)
+        if policy != 'fixed depth' and setting != 'as trained' and model != 'three':  # which cannot spend so much
+            assert abs(r['saved'] - rows['adaptive', 'learned', setting]['saved']) < 0.03, (model, policy, setting)
     out = made['adaptive'](x[:, :-1], x[:, 1:])
     active = [float((out.depth > i).double().mean()) for i in (1, 2, 3)]
     other = made['adaptive'](x[:, :-1], x[:, 1:], policy=bench.random_policy(active, 7))
@@ -2788,12 +2777,10 @@ def test_ppl_and_results(tmp_path, capsys):
     kinds = {model: {p for m, p, _ in rows if m == model} - {'fixed depth'} for model in made}
     exits = {'confidence', 'convergence'}
     assert kinds == dict(adaptive=set(bench.POLICIES), fixed=exits, three=exits, vanilla=set(), cheap={'learned'})
-    for name in ('adaptive', 'cheap'):
-        out = made[name](x[:, :-1], x[:, 1:])
-        at = [out.depth == d for d in (1, 2, 3, 4)]
-        depths = [(r['depth'], r['share'], r['nll']) for r in got['depths'] if r['model'] == name]
-        want = [(d, float(a.double().mean()), float(out.nll[a].mean())) for d, a in enumerate(at, start=1)]
-        assert np.allclose(depths, want, atol=1e-5)
+    out = made['cheap'](x[:, :-1], x[:, 1:])
+    for r in [r for r in got['depths'] if r['model'] == 'cheap']:
+        at = out.depth == r['depth']
+        assert r['share'] == float(at.double().mean()) and abs(r['nll'] - float(out.nll[at].mean())) < 1e-5
     own = rows['adaptive', 'learned', 'own tau']
     assert f'{own["nll"]:.4f} ± {own["nll_error"]:.4f}' in text
 
@@ -2827,24 +2814,33 @@ def test_flops_table_equals_the_counter(shape, tmp_path):
 
 
 def test_speed_counts_what_it_times(tmp_path):
-    argv = ['--length', 100, '--prompt', 7, '--slots', 1, 3, '--rounds', 1, '--share', 0, 0.5]
-    got = run_bench('speed', '--config', shape_file(tmp_path / 'a.py'), *argv)
-    cfg = AdaPonderConfig(**got['config'])
-    fixed = dataclasses.replace(cfg, halting=False)
-    rows = {(r['case'], r['variant']): r for r in got['rows']}
-    assert {c for c, _ in rows} == {'prefill 100', 'decode, 1 slots', 'decode, 3 slots'}
-    policy = bench.scheduled_policy('geometric', range(4), 1.5)  # half of iterations 2 .. 4
-    depth = AdaPonderLM(cfg)(torch.zeros(1, 100, dtype=torch.long), policy=policy).depth[0].tolist()
+    m = tiny(torch.float32)
+    argv = ['--data', tmp_path / 'data', '--length', 24, '--prompt', 6, '--slots', 1, 3, '--rounds', 1, '--share', 0.5]
+    got = run_bench('speed', '--ckpt', bench_run(tmp_path, 'a.pt', m), *argv)
+    rows, half = {(r['case'], r['variant']): r for r in got['rows']}, 'adaptive, 50% halted'
+    cases = ('prefill 24', 'decode, 1 slots', 'decode, 3 slots')
+    assert set(rows) == set(itertools.product(cases, ('fixed', 'adaptive', half)))
+    val, fixed = np.fromfile(tmp_path / 'data/val.bin', np.uint16).astype(np.int64), replace(m.cfg, halting=False)
+
+    def windows(n, length):  # n of them, evenly spread
+        starts = np.linspace(0, (len(val) - length) // length - 1, n).round().astype(int) * length
+        return torch.tensor(np.stack([val[s:s + length] for s in starts]))
 
     def prefill(cfg, depth):  # token by token; logits of the last one alone
         head = cfg.flops(0)['unembed']
         return sum(float(cfg.inference_flops(d, t + 1)) - head for t, d in enumerate(depth)) + head
-    half = 'adaptive, 50% halted'
-    assert abs(rows['prefill 100', half]['flop_ratio'] / (prefill(cfg, depth) / prefill(fixed, [4] * 100)) - 1) < 1e-9
-    contexts = range(8, 40)  # of the 32 tokens that are timed: after the prompt and the first new one
-    mine = sum(float(cfg.inference_flops(depth[t - 1], t)) for t in contexts)
-    ratio = mine / sum(float(fixed.inference_flops(4, t)) for t in contexts)
-    assert abs(rows['decode, 1 slots', half]['flop_ratio'] / ratio - 1) < 1e-9
+    policy = bench.scheduled_policy('geometric', range(4), 1.5)  # half of iterations 2 .. 4
+    for variant, p in (('adaptive', None), (half, policy)):
+        depth, r = m(windows(1, 24), policy=p).depth[0].tolist(), rows['prefill 24', variant]
+        assert len(set(depth)) > 1 and r['depth'] == pytest.approx(sum(depth) / 24)
+        assert r['flop_ratio'] == pytest.approx(prefill(m.cfg, depth) / prefill(fixed, [4] * 24), rel=1e-9)
+        # 13 tokens a slot are timed, after the prompt and the first new one
+        steps = list(bench.stream(m, windows(3, 6).tolist(), 26, temperature=0, policy=p, slots=3))[3:3 + 39]
+        assert rows['decode, 3 slots', variant]['depth'] == pytest.approx(sum(s.depth for s in steps) / 39)
+        steps = list(bench.stream(m, windows(1, 6).tolist(), 26, temperature=0, policy=p))[1:14]
+        mine = sum(float(m.cfg.inference_flops(s.depth, t)) for t, s in enumerate(steps, start=7))
+        ratio = mine / sum(float(fixed.inference_flops(4, t)) for t in range(7, 20))
+        assert rows['decode, 1 slots', variant]['flop_ratio'] == pytest.approx(ratio, rel=1e-9)
 
 
 def test_variants_run_in_turn():
@@ -2854,24 +2850,6 @@ def test_variants_run_in_turn():
     assert order == list('AABB' 'ABAB')  # a warm-up of each, then in turn
     assert rows[1]['time_ratio'] == [1.5] * 3 and rows[1]['ms_per_token'] == [750.0] * 3
     assert rows[1]['flop_ratio'] == 0.5 and rows[1]['time_per_flops'] == 3.0
-
-
-def test_speed_of_a_checkpoint_on_its_own_text(tmp_path):
-    m = tiny(torch.float32)
-    argv = ['--data', tmp_path / 'data', '--length', 24, '--prompt', 6, '--slots', 2]
-    got = run_bench('speed', '--ckpt', bench_run(tmp_path, 'a.pt', m), *argv, '--rounds', 1, '--share')
-    rows = {(r['case'], r['variant']): r for r in got['rows']}
-    assert {v for _, v in rows} == {'fixed', 'adaptive'}
-    val = np.fromfile(tmp_path / 'data/val.bin', np.uint16).astype(np.int64)
-
-    def windows(n, length):  # n of them, evenly spread
-        starts = np.linspace(0, (len(val) - length) // length - 1, n).round().astype(int) * length
-        return torch.tensor(np.stack([val[s:s + length] for s in starts]))
-    depth = m(windows(1, 24)).depth
-    assert len(set(depth.flatten().tolist())) > 1
-    assert rows['prefill 24', 'adaptive']['depth'] == pytest.approx(float(depth.double().mean()))
-    steps = list(bench.stream(m, windows(2, 6).tolist(), 26, temperature=0, slots=2))[2:28]  # 13 new tokens a slot
-    assert rows['decode, 2 slots', 'adaptive']['depth'] == pytest.approx(sum(s.depth for s in steps) / 26)
 
 
 @pytest.mark.parametrize('remat', [False, True])
@@ -2952,11 +2930,8 @@ def test_harness_adapter(tmp_path):
     for gate in model.gates:
         torch.nn.init.normal_(gate.proj.weight, std=2.0)
     enc = prepare_data.load_tokenizer(str(tmp_path / 'hf' / 'tokenizer.json'))
-    pairs = [('The cat sat on the', ' mat'), ('', 'Once upon a time'), ('one two three four five', ' six  seven eight'),
-             ('word ' * 60, 'end of it'), ('a ', 'b')]
-    rolling = [('cat and dog ' * 40,), ('short text',)]
-    until = [('The cat', dict(until=['.', '\n'], max_gen_toks=9)), ('a dog that', dict(until=[], max_gen_toks=9)),
-             ('The cat', dict(until='.', max_gen_toks=5))]
+    pairs = [('The cat sat on the', ' mat'), ('', 'Once upon a time'), ('word ' * 60, 'end of it'), ('a ', 'b')]
+    until = [('The cat', dict(until=['.', '\n'], max_gen_toks=9)), ('a dog that', dict(until=[], max_gen_toks=9))]
 
     def ask(kind, arguments):
         return [Instance(kind, {}, x, n) for n, x in enumerate(arguments)]
@@ -2988,7 +2963,7 @@ def test_harness_adapter(tmp_path):
     theirs = HFLM(pretrained=str(tmp_path / 'hf'), dtype='float32', device='cpu', batch_size=2)
     for a, b in zip(got, theirs.loglikelihood(ask('loglikelihood', pairs), disable_tqdm=True)):
         assert abs(a[0] - b[0]) < 1e-3 and a[1] == b[1]
-    asked = ask('loglikelihood_rolling', rolling)
+    asked = ask('loglikelihood_rolling', [('cat and dog ' * 40,), ('short text',)])
     same = theirs.loglikelihood_rolling(asked, disable_tqdm=True)
     assert lm.loglikelihood_rolling(asked) == pytest.approx(same, rel=1e-5)
     assert texts == theirs.generate_until(ask('generate_until', until), disable_tqdm=True)
@@ -3014,16 +2989,13 @@ def test_curves(tmp_path, capsys):
     ('ppl --ckpt none.pt', 'no checkpoint at'), ('ppl --ckpt a.pt --data .', 'meta.json'),
     ('ppl --ckpt a.pt --others a.pt', 'NAME=CKPT'), ('ppl --ckpt a.pt --others fixed=o.pt', 'cannot be compared'),
     ('ppl --ckpt a.pt --data bad', 'not written by'), ('ppl --ckpt a.pt --data other', 'another tokenizer'),
-    ('ppl --ckpt a.pt --eval_tokens -5', 'must be'), ('ppl --ckpt a.pt --save 2', 'must be'),
-    ('ppl --ckpt a.pt --save nan', 'must be'), ('ppl --ckpt a.pt --device gpu', 'device'),
+    ('ppl --ckpt a.pt --eval_tokens -5', 'must be'), ('ppl --ckpt a.pt --save nan', 'must be'),
     ('ppl --ckpt a.pt --json .', 'folder'), ('ppl --ckpt a.pt --json no/x.json', 'cannot'),
-    ('ppl --ckpt a.pt --data ~nobody-of-this-name', 'meta.json'), ('results junk.json', 'junk.json'),
-    ('results half.json', 'half.json'), ('results list.json', 'list.json'),
-    ('results half.json --out junk.json', 'junk.json'), ('flops', 'required'), ('flops --config e.py', 'starts from'),
-    ('speed --ckpt v.pt', 'n_iter > 1'), ('speed --config c.py --length 999', 'block_size'),
-    ('speed --config c.py --prompt 128', '--prompt'), ('plan --config c.py --gpu abacus', 'abacus'),
-    ('plan --config c.py --mfu 2', 'must be'), ('plan --config c.py --set n_embd=65', 'n_embd'),
-    ('curves .', 'log.jsonl'), ('curves run --out junk.json/x.png', 'junk.json')])
+    ('results junk.json', 'junk.json'), ('results half.json', 'half.json'), ('flops', 'required'),
+    ('flops --config e.py', 'starts from'), ('speed --ckpt v.pt', 'n_iter > 1'),
+    ('plan --config c.py --mfu 2', 'must be'), ('speed --config c.py --length 999', 'block_size'), ('speed --config c.py --prompt 128', '--prompt'),
+    ('plan --config c.py --set n_embd=65', 'n_embd'), ('curves .', 'log.jsonl'),
+    ('curves run --out junk.json/x.png', 'junk.json')])
 def test_bench_refuses_nonsense(command, word, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name, kw in (('a.pt', {}), ('o.pt', dict(block_size=16)), ('v.pt', dict(n_iter=1))):
@@ -3031,7 +3003,7 @@ def test_bench_refuses_nonsense(command, word, tmp_path, monkeypatch, capsys):
     for name in ('bad', 'other', 'run'):
         (tmp_path / name).mkdir()
     other = (tmp_path / 'data/meta.json').read_text(encoding='utf-8').replace('of no file', 'of another')
-    for name, text in (('junk.json', '{"a": 1}'), ('half.json', '{"rows": [{}], "depths": []}'), ('list.json', '[1]'),
+    for name, text in (('junk.json', '{"a": 1}'), ('half.json', '{"rows": [{}], "depths": []}'),
                        ('bad/meta.json', '{"dtype": "uint16"}'), ('other/meta.json', other), ('run/log.jsonl', '')):
         (tmp_path / name).write_text(text, encoding='utf-8')
     shape_file(tmp_path / 'c.py')

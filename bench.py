@@ -9,7 +9,7 @@ Measures a model: what it costs by formula, how well it predicts at which cost, 
     python bench.py downstream --ckpt out/tiny/ckpt.pt --tasks lambada_openai,piqa
     python bench.py curves out/a out/b
 
-Each prints a table. What measures writes its numbers, the machine and the arguments into a file with --json FILE.
+Each prints a table, and with --json FILE writes its numbers beside the machine, the versions and the arguments.
 """
 import signal
 

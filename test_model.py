@@ -2336,11 +2336,8 @@ def val_windows(n=6, T=32, seed=20):
     return torch.randint(61, (n, T + 1), generator=torch.Generator().manual_seed(seed))
 
 
-def run_bench(capsys, *argv):
-    """bench.py in this process: (its JSON, what it printed)."""
-    bench.main([str(x) for x in argv])
-    path = argv[argv.index('--json') + 1]
-    return json.loads(Path(path).read_text(encoding='utf-8')), capsys.readouterr().out
+def run_bench(*argv):
+    return bench.main([str(x) for x in argv])
 
 
 def bench_run(folder, name, model):
@@ -2375,22 +2372,6 @@ def test_random_policies_hit_their_shares_on_every_execution(shares):
         assert sorted(s.depth for s in steps if s.seq == r) == sorted(depth[r, 4:24].tolist())
 
 
-@pytest.mark.parametrize('share', [0.0, 0.25, 0.5, 0.75])
-def test_forced_policy_halts_its_share_at_all_depths(share):
-    depth = tiny(block_size=64)(val_windows(40, 64)[:, :-1], policy=bench.forced_policy(share, 4)).depth
-    assert abs((4 - depth.double()).mean() / 3 - share) < 0.03
-    assert set(depth.flatten().tolist()) == ({1, 2, 3, 4} if share else {4})
-
-
-@pytest.mark.parametrize('kw', [{}, dict(n_iter=1), dict(halting=False)])
-def test_nll_by_iteration_against_runs_that_stop_early(kw):
-    m, x = tiny(**kw), val_windows()
-    levels = bench.nll_by_iteration(m, x, OPTIONS)
-    for d in range(m.cfg.n_iter):
-        want = m(x[:, :-1], x[:, 1:], tau=0.0, max_iter=d + 1).nll
-        assert torch.allclose(levels[..., d], want.double(), atol=1e-6)
-
-
 @pytest.mark.parametrize('kind', ['learned', 'confidence', 'convergence'])
 def test_scores_against_their_definitions(kind):
     m, x = tiny(), val_windows()
@@ -2404,37 +2385,26 @@ def test_scores_against_their_definitions(kind):
     assert (depth == 4).all() and torch.allclose(got, torch.stack(want[kind], -1).double(), atol=1e-6)
 
 
-def test_measure_is_the_model_itself():
-    m, x = tiny(), val_windows()
-    out = m(x[:, :-1], x[:, 1:])
-    assert len(set(out.depth.flatten().tolist())) > 1
-    for policy in (None, bench.threshold_policy(bench.gate_score(m), m.cfg.tau)):
-        depth, nll = bench.measure(m, x, OPTIONS, policy)
-        assert torch.equal(depth, out.depth) and torch.allclose(nll, out.nll.double())
-
-
 def test_convergence_exits_of_a_token_that_halts():
     """The score of iteration i compares with the same token's prediction after i - 1, whoever has halted in between."""
     m, x = tiny(halting=False), val_windows()
     got = torch.zeros(6, 32, 3, dtype=torch.float64)
     bench.measure(m, x, OPTIONS, bench.threshold_policy(bench.convergence_score(m), record=got))
     t = 1.001 * float(got[..., 1].median())  # no token's own score
-    policy = bench.threshold_policy(bench.convergence_score(m), t, record=got)
-    depth, _ = bench.measure(m, x, OPTIONS, policy)
-    states, halted = [], []
+    depth, _ = bench.measure(m, x, OPTIONS, bench.threshold_policy(bench.convergence_score(m), t, record=got))
+    assert set(depth.flatten().tolist()) == {2, 3, 4}
+    P = {}
 
     def by_hand(i, s, h, row, pos):
-        states.append({(r, p): m.unembed(h[n]).softmax(-1) for n, (r, p) in enumerate(zip(row.tolist(), pos.tolist()))})
         on = []
-        for key, q in states[i].items():
-            kl = float((states[i - 1][key] * (states[i - 1][key] / q).log()).sum()) if i else math.inf
-            assert i == 0 or abs(kl - float(got[key[0], key[1], i])) < 1e-6
+        for n, key in enumerate(zip(row.tolist(), pos.tolist())):
+            P[i, key] = m.unembed(h[n]).softmax(-1)
+            kl = float((P[i - 1, key] * (P[i - 1, key] / P[i, key]).log()).sum()) if i else math.inf
+            assert i == 0 or abs(kl - float(got[key][i])) < 1e-6
             on.append(kl >= t)
-        halted.append(on.count(False))
         return torch.tensor(on)
     with torch.no_grad():
         assert torch.equal(m(x[:, :-1], policy=by_hand).depth, depth)
-    assert halted[0] == 0 < halted[1] and 0 < halted[2]
 
 
 def test_threshold_is_the_nearest():
@@ -2467,57 +2437,10 @@ def test_policies_spend_what_they_should(kind):
         policy = bench.scheduled_policy(kind, cost.mean(0).tolist(), target)
     depth, _ = bench.measure(m, x, OPTIONS, policy)
     near = 0.001 if kind in bench.SCORES else 0.02  # a threshold that is set on the same text is exact
-    assert abs(float(bench.flops_spent(cost, depth).mean()) / target - 1) < near
+    assert abs(bench.flops_spent(cost, depth) / target - 1) < near
     active = [1.0] + [float((depth > i).double().mean()) for i in (1, 2, 3)]
     steps = [b / a if kind == 'geometric' else a - b for a, b in zip(active, active[1:])]
     assert kind in bench.SCORES or max(steps) - min(steps) < 0.05
-
-
-def test_oracle_is_the_best_assignment():
-    g = torch.Generator().manual_seed(23)
-    for trial in range(5):
-        nll = torch.rand(1, 4, 3, generator=g, dtype=torch.float64)
-        cost = torch.tensor([[1.0, 2.2, 3.1]] * 4) + torch.rand(4, 1, generator=g)
-        depth = bench.oracle_depth(nll, cost, float(cost.mean(0)[1]) * (0.7 + 0.1 * trial))
-        mine, spent = float(nll.gather(-1, depth[..., None] - 1).sum()), float(bench.flops_spent(cost, depth).sum())
-        for choice in itertools.product((0, 1, 2), repeat=4):
-            if sum(float(cost[p, c]) for p, c in enumerate(choice)) <= spent:
-                assert sum(float(nll[0, p, c]) for p, c in enumerate(choice)) >= mine - 1e-9
-    nll, cost = torch.rand(40, 32, 4, generator=g, dtype=torch.float64), bench.cost_table(tiny().cfg, 32)
-    for share in (0.3, 0.5):
-        depth = bench.oracle_depth(nll, cost, share * float(cost.mean(0)[3]))
-        assert abs(float(bench.flops_spent(cost, depth).mean()) / float(cost.mean(0)[3]) - share) < 0.005
-
-
-def test_statistics():
-    rng = np.random.default_rng(24)
-    x, y = rng.integers(0, 5, 200), rng.normal(size=200).round(1)
-
-    def rank(v):  # by counting
-        return [sum(w < u for w in v) + (sum(w == u for w in v) - 1) / 2 for u in v]
-    assert abs(bench.spearman(x, y) - np.corrcoef(rank(x), rank(y))[0, 1]) < 1e-12
-    assert abs(bench.spearman(y, 3 * y + 1) - 1) < 1e-12 and bench.spearman(x, 0 * y) is None
-    means = [rng.normal(size=50).mean() for _ in range(2000)]  # what a standard error is
-    assert abs(bench.estimate(rng.normal(size=50))['error'] / np.std(means) - 1) < 0.3
-    row, other = ({'a': a, 'b': [dict(mean=a + 1, error=0.5)], 'c': 'text'} for a in (1.0, 3.0))
-    assert bench.mean_over_seeds([row]) == {**row, 'a': dict(mean=1.0, error=None)}
-    a, b = (dict(mean=mean, error=math.sqrt(2)) for mean in (2.0, 3.0))
-    assert bench.mean_over_seeds([{**row, 'd': 5.0}, other]) == dict(a=a, b=[b], c='text')
-
-
-def test_comparison_with_the_learned_gates_is_paired():
-    rows = []
-    for policy, flops, windows in [('fixed depth', 4, [8, 8]), ('fixed depth', 12, [9, 9]), ('fixed depth', 20, [0, 2]),
-                                   ('learned', 10, [1, 3]), ('random', 12.5, [2, 4]), ('random', 3, [2, 4])]:
-        windows = np.array(windows, float)
-        rows.append(dict(model='adaptive', policy=policy, flops=flops, nll=bench.estimate(windows), windows=windows))
-    bench.add_comparisons(rows, 'adaptive')
-    assert rows[4]['over_learned'] == dict(mean=1.25, error=0.0)  # a quarter of the way from [1, 3] to [0, 2]
-    assert ['over_learned' in r for r in rows] == [False] * 4 + [True, False] and 'retained' not in rows[4]
-    for model, value in (('vanilla', 10.0), ('fixed', 0.5)):
-        rows.append(dict(model=model, policy='fixed depth', flops=20, nll=dict(mean=value), windows=np.zeros(2)))
-    bench.add_comparisons(rows, 'adaptive')
-    assert rows[3]['retained'] == (10 - 2) / (10 - 0.5) and 'retained' not in rows[6]
 
 
 def test_ppl_and_results(tmp_path, capsys):
@@ -2526,65 +2449,65 @@ def test_ppl_and_results(tmp_path, capsys):
     made = {name: tiny(torch.float32, seed=n, **kw) for n, (name, kw) in enumerate(kinds.items())}
     paths = {name: bench_run(tmp_path, f'{name}.pt', m) for name, m in made.items()}
     argv = ['ppl', '--ckpt', paths.pop('adaptive'), '--others', *(f'{name}={p}' for name, p in paths.items())]
-    argv += ['--save', 0.2, 0.5, '--eval_tokens', 1000, '--calib_tokens', 400, '--json', tmp_path / 'one.json']
-    got, text = run_bench(capsys, *argv)
-    options = SimpleNamespace(eval_tokens=1000, calib_tokens=400)
-    x, calib = bench.pick_windows(options, tmp_path / 'data', made['adaptive'], {})
-    assert len(x) == 31 and len(calib) == 12  # measured on other text than calibrated on
-    assert len({tuple(w) for w in torch.cat([x, calib]).tolist()}) == 43
+    argv += ['--save', 0.2, 0.4, '--eval_tokens', 1000, '--seed', 7, '--json', tmp_path / 'one.json']
+    got, text = run_bench(*argv), capsys.readouterr().out
+    x = bench.val_text(tmp_path / 'data', made['adaptive'], {}, 31, 32)
+    assert len({tuple(w) for w in x.tolist()}) == 31
 
+    # every model's rows against the model itself
     rows = {(r['model'], r['policy'], r['setting']): r for r in got['rows']}
     full = sum(float(made['fixed'].cfg.inference_flops(4, t + 1)) for t in range(32)) / 32
-    for name, policy, setting in (('adaptive', 'learned', 'own tau'), ('cheap', 'learned', 'own tau'),
-                                  ('three', 'fixed depth', 'max_iter 3'), ('vanilla', 'fixed depth', 'max_iter 1')):
+    own_tau = [('adaptive', 'learned', 'own tau', {}), ('cheap', 'learned', 'as trained', {})]
+    fixed = [(name, 'fixed depth', f'max_iter {d}', dict(max_iter=d, tau=0.0))
+             for name, d in (('three', 3), ('vanilla', 1), ('adaptive', 2), ('adaptive', 4))]
+    for name, policy, setting, kw in own_tau + fixed:
         m, r = made[name], rows[name, policy, setting]
-        out = m(x[:, :-1], x[:, 1:])
-        flops = sum(float(m.cfg.inference_flops(out.depth[:, t], t + 1).sum()) for t in range(32)) / out.depth.numel()
-        assert abs(r['nll']['mean'] - out.ce_loss.item()) < 1e-5 and abs(r['saved'] - (1 - flops / full)) < 1e-6
+        out = m(x[:, :-1], x[:, 1:], **kw)
+        flops = [m.cfg.inference_flops(out.depth[:, t], t + 1, kw.get('max_iter')).double().mean() for t in range(32)]
+        assert abs(r['nll'] - out.ce_loss.item()) < 1e-5 and abs(r['saved'] - (1 - sum(flops) / 32 / full)) < 1e-6
         assert abs(r['depth'] - float(out.depth.double().mean())) < 1e-9
-        se = float(out.nll.double().mean(1).std() / math.sqrt(len(x)))
-        assert abs(r['nll']['error'] - se) < 1e-6
+        assert abs(r['nll_error'] - float(out.nll.double().mean(1).std() / math.sqrt(31))) < 1e-6
+    # equal FLOPs at each setting, and the difference to the gates is paired
     for (model, policy, setting), r in rows.items():
-        if policy not in ('fixed depth', 'oracle') and setting != 'own tau':
-            near = rows['adaptive', 'learned', setting]['saved']
-            assert abs(r['saved'] - near) < 0.1, (model, policy, setting)  # 12 windows set it
-    own, random_own = rows['adaptive', 'learned', 'own tau'], rows['adaptive', 'random', 'own tau']
-    assert np.allclose(random_own['active'], own['active'], atol=0.05)
+        if policy != 'fixed depth' and setting != 'as trained' and model != 'three':  # which cannot spend so much
+            assert abs(r['saved'] - rows['adaptive', 'learned', setting]['saved']) < 0.03, (model, policy, setting)
+    out = made['adaptive'](x[:, :-1], x[:, 1:])
+    active = [float((out.depth > i).double().mean()) for i in (1, 2, 3)]
+    other = made['adaptive'](x[:, :-1], x[:, 1:], policy=bench.random_policy(active, 7))
+    over, r = (other.nll - out.nll).double().mean(1), rows['adaptive', 'random', 'own tau']
+    assert abs(r['over_learned'] - float(over.mean())) < 1e-6
+    assert abs(r['over_learned_error'] - float(over.std()) / math.sqrt(31)) < 1e-6
+
     kinds = {model: {p for m, p, _ in rows if m == model} - {'fixed depth'} for model in made}
     exits = {'confidence', 'convergence'}
     assert kinds == dict(adaptive=set(bench.POLICIES), fixed=exits, three=exits, vanilla=set(), cheap={'learned'})
-    depths = got['runs']['adaptive']['by_depth']
-    assert abs(sum(d['share'] * d.get('nll', 0) for d in depths) - own['nll']['mean']) < 1e-6
-    depth, shares = made['cheap'](x[:, :-1]).depth, [d['share'] for d in got['runs']['cheap']['by_depth']]
-    assert shares == [float((depth == d).double().mean()) for d in (1, 2, 3, 4)]
-    assert f'{own["nll"]["mean"]:.4f} ± {own["nll"]["error"]:.4f}' in text
+    out = made['cheap'](x[:, :-1], x[:, 1:])
+    for r in [r for r in got['depths'] if r['model'] == 'cheap']:
+        at = out.depth == r['depth']
+        assert r['share'] == float(at.double().mean()) and abs(r['nll'] - float(out.nll[at].mean())) < 1e-5
+    own = rows['adaptive', 'learned', 'own tau']
+    assert f'{own["nll"]:.4f} ± {own["nll_error"]:.4f}' in text
 
     # the same setting with another seed, 0.2 nats worse
-    for r in got['rows']:
-        r['nll']['mean'] += 0.2
-    got['train_config']['seed'] = 2
+    for r in got['rows'] + got['depths']:
+        r['seed'], r['nll'] = 2, r['nll'] + 0.2
     (tmp_path / 'two.json').write_text(json.dumps(got), encoding='utf-8')
-    bench.main(['results', str(tmp_path / 'one.json'), str(tmp_path / 'two.json'), '--out', str(tmp_path / 'r')])
-    first = (tmp_path / 'r' / 'results.md').read_text(encoding='utf-8')
-    group, = json.loads((tmp_path / 'r' / 'results.json').read_text(encoding='utf-8'))['groups'].values()
-    nll = group['rows']['adaptive, learned, own tau']['nll']
-    assert abs(nll['mean'] - (own['nll']['mean'] - 0.1)) < 1e-9  # own is of the second file now
-    assert abs(nll['error'] - 0.2 / math.sqrt(2)) < 1e-9 and group['seeds'] == [1, 2]
-    assert f'{nll["mean"]:.4f} ± 0.1414' in first
-    assert (tmp_path / 'r' / 'isoflops.png').exists() == ('no pictures' not in capsys.readouterr().out)
-    bench.main(['results', str(tmp_path / 'r' / 'results.json'), '--out', str(tmp_path / 'again')])  # made anew
-    assert (tmp_path / 'again' / 'results.md').read_text(encoding='utf-8') == first
+    run_bench('results', tmp_path / 'one.json', tmp_path / 'two.json', '--out', tmp_path / 'r')
+    first = capsys.readouterr().out
+    assert f'{own["nll"] - 0.1:.4f} ± 0.1414' in first  # own is of the second file now; 0.2 / sqrt(2)
+    assert (tmp_path / 'r' / 'isoflops.png').exists() == ('no pictures' not in first)
+    run_bench('results', tmp_path / 'r' / 'results.json', '--out', tmp_path / 'again')  # made anew
+    assert capsys.readouterr().out.split('wrote')[0] == first.split('wrote')[0]
+    with pytest.raises(ValueError, match='repeats a seed'):
+        run_bench('results', tmp_path / 'one.json', tmp_path / 'one.json', '--out', tmp_path / 'r')
 
 
 @pytest.mark.parametrize('shape', [
     {}, dict(vocab_size=50304, n_embd=32), dict(halting=False, n_iter=1), dict(feedback='hidden')])
-def test_flops_table_equals_the_counter(shape, tmp_path, capsys):
-    argv = ['flops', '--config', shape_file(tmp_path / 'a.py', **shape), '--json', tmp_path / 'f.json']
-    c, = run_bench(capsys, *argv)[0]['configs']
-    cfg, seen, formula = AdaPonderConfig(**c['config']), c['counted']['seen'], c['counted']['formula']
-    assert c['parameters'] == sum(p.numel() for p in AdaPonderLM(cfg).parameters())
-    assert abs(seen['products'] / formula['products'] - 1) < 1e-9
-    assert 1 <= seen['attention'] / formula['attention'] < 3.3  # all queries, and whole rectangles of keys
+def test_flops_table_equals_the_counter(shape, tmp_path):
+    c, = run_bench('flops', '--config', shape_file(tmp_path / 'a.py', **shape))['configs']
+    cfg = AdaPonderConfig(**c['config'])
+    assert c['parameters'] == sum(p.numel() for p in AdaPonderLM(cfg).parameters()) and c['counted'] == 1
     for r in c['depths']:
         parts = sum(r[k] for k in ('linear', 'attention', 'unembed', 'ponder', 'gates'))
         assert abs(parts / r['total'] - 1) < 1e-12 and r['total'] == cfg.inference_flops(r['depth'], 64.5)
@@ -2594,65 +2517,43 @@ def test_flops_table_equals_the_counter(shape, tmp_path, capsys):
     assert abs(count_flops(lambda: dense(x, x)) / (128 * float(cfg.inference_flops(cfg.n_iter, 128))) - 1) < 1e-9
 
 
-def test_speed_counts_what_it_times(tmp_path, capsys):
-    argv = ['--length', 100, '--prompt', 7, '--new', 9, '--slots', 1, 3, '--rounds', 1, '--share', 0, 0.5]
-    got, _ = run_bench(capsys, 'speed', '--config', shape_file(tmp_path / 'a.py'), *argv, '--json', tmp_path / 's.json')
-    cfg = AdaPonderConfig(**got['config'])
-    fixed = AdaPonderConfig(**{**got['config'], 'halting': False})
-    rows = {(r['case'], r['variant']): r for r in got['rows']}
-    assert {c for c, _ in rows} == {'prefill 100', 'decode, 1 slots', 'decode, 3 slots', 'training step 99'}
-    policy = bench.forced_policy(0.5, 4)
-    depth = AdaPonderLM(cfg)(torch.zeros(1, 100, dtype=torch.long), policy=policy).depth[0].tolist()
+def test_speed_counts_what_it_times(tmp_path):
+    m = tiny(torch.float32)
+    argv = ['--data', tmp_path / 'data', '--length', 24, '--prompt', 6, '--slots', 1, 3, '--rounds', 1, '--share', 0.5]
+    got = run_bench('speed', '--ckpt', bench_run(tmp_path, 'a.pt', m), *argv)
+    rows, half = {(r['case'], r['variant']): r for r in got['rows']}, 'adaptive, 50% halted'
+    cases = ('prefill 24', 'decode, 1 slots', 'decode, 3 slots')
+    assert set(rows) == set(itertools.product(cases, ('fixed', 'adaptive', half)))
+    val, fixed = np.fromfile(tmp_path / 'data/val.bin', np.uint16).astype(np.int64), replace(m.cfg, halting=False)
+
+    def windows(n, length):  # n of them, evenly spread
+        starts = np.linspace(0, (len(val) - length) // length - 1, n).round().astype(int) * length
+        return torch.tensor(np.stack([val[s:s + length] for s in starts]))
 
     def prefill(cfg, depth):  # token by token; logits of the last one alone
         head = cfg.flops(0)['unembed']
         return sum(float(cfg.inference_flops(d, t + 1)) - head for t, d in enumerate(depth)) + head
-    half = 'adaptive, 50% halted'
-    assert abs(rows['prefill 100', half]['flop_ratio'] / (prefill(cfg, depth) / prefill(fixed, [4] * 100)) - 1) < 1e-9
-    contexts = range(8, 17)  # of the tokens that are timed: after the prompt and the first new one
-    mine = sum(float(cfg.inference_flops(depth[t - 1], t)) for t in contexts)
-    ratio = mine / sum(float(fixed.inference_flops(4, t)) for t in contexts)
-    assert abs(rows['decode, 1 slots', half]['flop_ratio'] / ratio - 1) < 1e-9
-    packed = sum(float(cfg.inference_flops(d, 50)) for d in depth[:99]) / 99 / float(fixed.inference_flops(4, 50))
-    assert abs(rows['training step 99', half + ', packed']['flop_ratio'] / packed - 1) < 1e-9
-    vanilla = AdaPonderConfig(**{**got['config'], 'halting': False, 'n_iter': 1}).inference_flops(1, 50)
-    assert abs(rows['training step 99', 'n_iter=1']['flop_ratio'] / (vanilla / fixed.inference_flops(4, 50)) - 1) < 1e-9
+    policy = bench.scheduled_policy('geometric', range(4), 1.5)  # half of iterations 2 .. 4
+    for variant, p in (('adaptive', None), (half, policy)):
+        depth, r = m(windows(1, 24), policy=p).depth[0].tolist(), rows['prefill 24', variant]
+        assert len(set(depth)) > 1 and r['depth'] == pytest.approx(sum(depth) / 24)
+        assert r['flop_ratio'] == pytest.approx(prefill(m.cfg, depth) / prefill(fixed, [4] * 24), rel=1e-9)
+        # 13 tokens a slot are timed, after the prompt and the first new one
+        steps = list(bench.stream(m, windows(3, 6).tolist(), 26, temperature=0, policy=p, slots=3))[3:3 + 39]
+        assert rows['decode, 3 slots', variant]['depth'] == pytest.approx(sum(s.depth for s in steps) / 39)
+        steps = list(bench.stream(m, windows(1, 6).tolist(), 26, temperature=0, policy=p))[1:14]
+        mine = sum(float(m.cfg.inference_flops(s.depth, t)) for t, s in enumerate(steps, start=7))
+        ratio = mine / sum(float(fixed.inference_flops(4, t)) for t in range(7, 20))
+        assert rows['decode, 1 slots', variant]['flop_ratio'] == pytest.approx(ratio, rel=1e-9)
 
 
 def test_variants_run_in_turn():
-    order, known = [], dict(A=dict(seconds=2.0, flops=8.0), B=dict(seconds=3.0, flops=4.0))
-    variants = {n: lambda n=n: order.append(n) or dict(tokens=4, depth=1.0, **known[n]) for n in 'AB'}
+    order, known = [], dict(A=dict(seconds=0.5, flops=2.0), B=dict(seconds=0.75, flops=1.0))
+    variants = {n: lambda n=n: order.append(n) or dict(depth=1.0, **known[n]) for n in 'AB'}
     rows = bench.time_variants('case', variants, rounds=2)
-    assert order == list('AB' 'ABAB')  # a warm-up of each, then in turn
+    assert order == list('AABB' 'ABAB')  # a warm-up of each, then in turn
     assert rows[1]['time_ratio'] == [1.5] * 3 and rows[1]['ms_per_token'] == [750.0] * 3
     assert rows[1]['flop_ratio'] == 0.5 and rows[1]['time_per_flops'] == 3.0
-
-
-def test_speed_of_a_checkpoint_on_its_own_text(tmp_path, capsys):
-    m = tiny(torch.float32)
-    argv = ['--data', tmp_path / 'data', '--length', 24, '--batch_size', 5, '--prompt', 6, '--new', 4, '--slots', 2]
-    argv += ['--rounds', 1, '--share', '--cases', 'prefill', 'decode']
-    got, _ = run_bench(capsys, 'speed', '--ckpt', bench_run(tmp_path, 'a.pt', m), *argv, '--json', tmp_path / 's.json')
-    rows = {(r['case'], r['variant']): r for r in got['rows']}
-    assert {v for _, v in rows} == {'fixed', 'fixed, dense', 'fixed, packed', 'adaptive'}
-    val = np.fromfile(tmp_path / 'data/val.bin', np.uint16).astype(np.int64)
-
-    def windows(n, length):  # n of them, evenly spread, none of them the first or the last
-        starts = np.linspace(0, (len(val) - length) // length - 1, n + 2)[1:-1].round().astype(int) * length
-        return torch.tensor(np.stack([val[s:s + length] for s in starts]))
-    depth = m(windows(5, 24)).depth
-    assert len(set(depth.flatten().tolist())) > 1
-    assert rows['prefill 24', 'adaptive']['depth'] == pytest.approx(float(depth.double().mean()))
-    steps = list(bench.stream(m, windows(2, 6).tolist(), 8, temperature=0, slots=2))[2:10]
-    assert rows['decode, 2 slots', 'adaptive']['depth'] == pytest.approx(sum(s.depth for s in steps) / 8)
-
-
-@pytest.mark.parametrize('block_size', [16, 192])
-def test_speed_runs_with_its_defaults(block_size, tmp_path, capsys):
-    file = shape_file(tmp_path / 'a.py', block_size=block_size, n_layer=1)
-    argv = ['speed', '--config', file, '--slots', 2, '--rounds', 1, '--json', tmp_path / 's.json']
-    got, _ = run_bench(capsys, *argv)
-    assert len({r['case'] for r in got['rows']}) == 3
 
 
 @pytest.mark.parametrize('remat', [False, True])
@@ -2675,28 +2576,26 @@ def test_plan_knows_the_peak_of_a_step(kw, bf16, remat, tmp_path):
     _, first, size = min(events)
     measured = max(total for _, total, _ in events) - (first - size)
     in_place = 4 * sum(p.numel() for p in model.parameters())  # gradients that autograd adds up in place
-    got = bench.activation_memory(cfg, 8, bf16, remat, like_gpu=False)
-    assert measured * 0.99 < got < measured * 1.01 + in_place
+    got, low = bench.activation_memory(cfg, 8, bf16, remat, like_gpu=False), 0.98 if cfg.objective == 'paper' else 0.99
+    assert measured * low < got < measured * 1.01 + in_place
 
 
 def test_plan_arithmetic(tmp_path, capsys):
     file = shape_file(tmp_path / 'a.py', gradient_accumulation_steps=16, max_steps='1M tokens', shard_optimizer=True)
-    argv = ['plan', '--config', file, '--gpu', 'A100', '--gpus', 8, '--mfu', 0.5, '--price', 2]
-    got, text = run_bench(capsys, *argv, '--json', tmp_path / 'p.json')
+    got = run_bench('plan', '--config', file, '--gpu', 'A100', '--gpus', 8, '--mfu', 0.5, '--price', 2)
     P = sum(p.numel() for p in AdaPonderLM(AdaPonderConfig(**got['config'])).parameters())
     d, L, V, T, K = 64, 2, 500, 128, 4
     tokens = round(1e6 / (2 * 128 * 16)) * 2 * 128 * 16
     forward = K * (24 * L * d * d + 4 * L * d * (T + 1) / 2) + (K - 1) * (4 * d * V + 8 * d * d + 8 * d) + 2 * d * V
     assert got['tokens'] == tokens and got['parameters'] == P and abs(got['forward_flops'] / forward - 1) < 1e-12
     hours = 3 * forward * tokens / (312e12 * 0.5) / 3600
-    assert abs(got['gpu_hours'] / hours - 1) < 1e-9 and f'${2 * hours:,.0f}' in text
+    assert abs(got['gpu_hours'] / hours - 1) < 1e-9 and f'${2 * hours:,.0f}' in capsys.readouterr().out
     memory = got['memory']
-    assert memory['weights'] == memory['gradients'] == 4 * P and memory['optimizer'] == P and 'TOO MUCH' not in text
-    assert got['peak_memory'] == sum(memory.values())
+    assert memory['weights'] == memory['gradients'] == 4 * P and memory['optimizer'] == P
+    assert got['peak_memory'] == sum(memory.values()) and got['largest_batch_size'] > 2
     big = shape_file(tmp_path / 'b.py', vocab_size=2048, block_size=2048, n_layer=4, n_head=8, n_embd=512,
-                     batch_size=64, gradient_accumulation_steps=7)
-    got, text = run_bench(capsys, 'plan', '--config', big, '--gpu', 'RTX 4090', '--json', tmp_path / 'p.json')
-    assert 'TOO MUCH' in text and 'must be a multiple of 8' in text
+                     batch_size=64, gradient_accumulation_steps=8)
+    got = run_bench('plan', '--config', big, '--gpu', 'RTX 4090')
     cfg, n = AdaPonderConfig(**got['config']), got['largest_batch_size']
     static = got['peak_memory'] - got['memory']['activations']
     assert 0 < n < 64 and static + bench.activation_memory(cfg, n) < 24e9 < static + bench.activation_memory(cfg, n + 6)
@@ -2734,12 +2633,9 @@ def test_harness_adapter(tmp_path):
     model = AdaPonderLM.from_pretrained(tmp_path / 'hf', n_iter=4).requires_grad_(False)
     for gate in model.gates:
         torch.nn.init.normal_(gate.proj.weight, std=2.0)
-    enc = bench.load_tokenizer(str(tmp_path / 'hf' / 'tokenizer.json'))
-    pairs = [('The cat sat on the', ' mat'), ('', 'Once upon a time'), ('one two three four five', ' six  seven eight'),
-             ('word ' * 60, 'end of it'), ('a ', 'b')]
-    rolling = [('cat and dog ' * 40,), ('short text',)]
-    until = [('The cat', dict(until=['.', '\n'], max_gen_toks=9)), ('a dog that', dict(until=[], max_gen_toks=9)),
-             ('The cat', dict(until='.', max_gen_toks=5))]
+    enc = prepare_data.load_tokenizer(str(tmp_path / 'hf' / 'tokenizer.json'))
+    pairs = [('The cat sat on the', ' mat'), ('', 'Once upon a time'), ('word ' * 60, 'end of it'), ('a ', 'b')]
+    until = [('The cat', dict(until=['.', '\n'], max_gen_toks=9)), ('a dog that', dict(until=[], max_gen_toks=9))]
 
     def ask(kind, arguments):
         return [Instance(kind, {}, x, n) for n, x in enumerate(arguments)]
@@ -2757,9 +2653,7 @@ def test_harness_adapter(tmp_path):
             assert abs(value - float(p.gather(-1, want[:, None]).sum())) < 1e-3
             assert greedy == bool((p.argmax(-1) == want).all())
             depths += out.depth[0].tolist()
-        assert lm.spent[:2] == [len(depths), sum(depths)] and (max_iter == 1 or len(set(depths)) > 1)
-        alone = lm.loglikelihood(ask('loglikelihood', pairs[:1]), disable_tqdm=True)[0][0]
-        assert alone == pytest.approx(got[0][0], abs=1e-3)
+        assert lm.depths == depths and (max_iter == 1 or len(set(depths)) > 1)
         texts = lm.generate_until(ask('generate_until', until))
         for (context, g), text in zip(until, texts):
             x = torch.tensor([enc.encode_ordinary(context)])
@@ -2773,7 +2667,7 @@ def test_harness_adapter(tmp_path):
     theirs = HFLM(pretrained=str(tmp_path / 'hf'), dtype='float32', device='cpu', batch_size=2)
     for a, b in zip(got, theirs.loglikelihood(ask('loglikelihood', pairs), disable_tqdm=True)):
         assert abs(a[0] - b[0]) < 1e-3 and a[1] == b[1]
-    asked = ask('loglikelihood_rolling', rolling)
+    asked = ask('loglikelihood_rolling', [('cat and dog ' * 40,), ('short text',)])
     same = theirs.loglikelihood_rolling(asked, disable_tqdm=True)
     assert lm.loglikelihood_rolling(asked) == pytest.approx(same, rel=1e-5)
     assert texts == theirs.generate_until(ask('generate_until', until), disable_tqdm=True)
@@ -2786,37 +2680,35 @@ def test_curves(tmp_path, capsys):
                    dict(step=2, val_loss=loss, val_depth=3.0)]
         (tmp_path / name).mkdir()
         text = ''.join(json.dumps(r) + '\n' for r in records)
-        text += '[1]\n{"no": "step"}\n{"step": 3, "lo'  # the run was killed while it wrote
+        text += '{"step": 3, "lo'  # the run was killed while it wrote
         (tmp_path / name / 'log.jsonl').write_text(text, encoding='utf-8')
-    argv = ['curves', tmp_path / 'a', tmp_path / 'b', '--out', tmp_path / 'c.png', '--json', tmp_path / 'c.json']
-    got, text = run_bench(capsys, *argv)
-    assert got['runs'][str(tmp_path / 'b')]['loss'] == [[1, 3.5], [2, 1.75]]
-    assert got['runs'][str(tmp_path / 'a')]['gate_mean'] == [[2, [0.9, 0.8]]]
+    run_bench('curves', tmp_path / 'a', tmp_path / 'b', '--out', tmp_path / 'c.png')
+    text = capsys.readouterr().out
     line = next(t for t in text.splitlines() if str(tmp_path / 'a') in t)
     assert [c.strip() for c in line.split('|')[2:7]] == ['200', '1.2500', '2.5000', '4.00', '3.00']
+    assert (tmp_path / 'c.png').exists() == ('no pictures' not in text)
 
 
 @pytest.mark.parametrize('command, word', [
-    ('ppl --ckpt none.pt', 'no checkpoint at'), ('ppl --ckpt a.pt --data .', 'no data in'),
+    ('ppl --ckpt none.pt', 'no checkpoint at'), ('ppl --ckpt a.pt --data .', 'meta.json'),
     ('ppl --ckpt a.pt --others a.pt', 'NAME=CKPT'), ('ppl --ckpt a.pt --others fixed=o.pt', 'cannot be compared'),
-    ('ppl --ckpt a.pt --data bad', 'not written by'), ('ppl --ckpt a.pt --eval_tokens -5', 'must be'),
-    ('ppl --ckpt a.pt --save 2', 'must be'), ('ppl --ckpt a.pt --save nan', 'must be'),
-    ('ppl --ckpt a.pt --device gpu', 'device'), ('ppl --ckpt a.pt --json .', 'folder'),
-    ('ppl --ckpt a.pt --json no/x.json', 'cannot'), ('ppl --ckpt a.pt --data ~nobody-of-this-name', 'no data in'),
-    ('results junk.json', 'junk.json'), ('results half.json', 'half.json'), ('results list.json', 'list.json'),
-    ('results junk.json --out junk.json', 'junk.json'), ('flops', 'give --config or --ckpt'),
-    ('flops --config e.py', 'starts from'), ('flops --config c.py --context -5', 'must be'),
-    ('speed --ckpt v.pt', 'n_iter > 1'), ('speed --config c.py --length 999', 'block_size'),
-    ('speed --config c.py --ckpt a.pt', 'give --config or --ckpt'), ('plan --config c.py --gpu abacus', 'abacus'),
-    ('plan --config c.py --mfu 2', 'must be'), ('plan --config c.py --set n_embd=65', 'n_embd'),
-    ('curves .', 'no log at'), ('curves . --out x.weird', '.png'), ('curves . --out junk.json/x.png', 'junk.json')])
+    ('ppl --ckpt a.pt --data bad', 'not written by'), ('ppl --ckpt a.pt --data other', 'another tokenizer'),
+    ('ppl --ckpt a.pt --eval_tokens -5', 'must be'), ('ppl --ckpt a.pt --save nan', 'must be'),
+    ('ppl --ckpt a.pt --json .', 'folder'), ('ppl --ckpt a.pt --json no/x.json', 'cannot'),
+    ('results junk.json', 'junk.json'), ('results half.json', 'half.json'), ('flops', 'required'),
+    ('flops --config e.py', 'starts from'), ('speed --ckpt v.pt', 'n_iter > 1'),
+    ('plan --config c.py --mfu 2', 'must be'), ('speed --config c.py --length 999', 'block_size'), ('speed --config c.py --prompt 128', '--prompt'),
+    ('plan --config c.py --set n_embd=65', 'n_embd'), ('curves .', 'log.jsonl'),
+    ('curves run --out junk.json/x.png', 'junk.json')])
 def test_bench_refuses_nonsense(command, word, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name, kw in (('a.pt', {}), ('o.pt', dict(block_size=16)), ('v.pt', dict(n_iter=1))):
         bench_run(tmp_path, name, tiny(torch.float32, **kw))
-    (tmp_path / 'bad').mkdir()
-    for name, text in (('junk.json', '{"a": 1}'), ('half.json', '{"group": "g", "rows": [{}]}'), ('list.json', '[1]'),
-                       ('bad/meta.json', '{"dtype": "uint16"}')):
+    for name in ('bad', 'other', 'run'):
+        (tmp_path / name).mkdir()
+    other = (tmp_path / 'data/meta.json').read_text(encoding='utf-8').replace('of no file', 'of another')
+    for name, text in (('junk.json', '{"a": 1}'), ('half.json', '{"rows": [{}], "depths": []}'),
+                       ('bad/meta.json', '{"dtype": "uint16"}'), ('other/meta.json', other), ('run/log.jsonl', '')):
         (tmp_path / name).write_text(text, encoding='utf-8')
     shape_file(tmp_path / 'c.py')
     shape_file(tmp_path / 'e.py', init_from='some/folder')

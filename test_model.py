@@ -1196,27 +1196,18 @@ def nasty(rng, n):
     """n characters or a few more of text that tokenizers get wrong."""
     blocks = [(0x300, 0x36F), (0x5B0, 0x5C5), (0x653, 0x655), (0x93C, 0x94D), (0x1AB0, 0x1ACE), (0x20D0, 0x20F0),
               (0x1D165, 0x1D172), (0x1E130, 0x1E136)]
-    marks = [chr(c) for block in blocks for c in range(*block)] + ['\u09be', '\u0dcf', '\u102e', '\u3099', '\u0f71']
-    letters = [*'aeiouyAENnÅqক가각Αωшдالאبཀﬁ\u212b豈\U0002f80f', *map(chr, range(0x1100, 0x1120))]
+    marks = [chr(c) for block in blocks for c in range(*block)] + [*'\u09be\u0dcf\u102e\u3099\u0f71']
+    letters = [*'aeiouyAENnÅqক가각Αωшдالאבཀﬁ\u212b豈\U0002f80f', *map(chr, range(0x1100, 0x1120))]
     blanks = [*' \t\n\r\x0b\x0c\x1c\x85\xa0\u1680\u2003\u2028\u202f\u3000\u180e\u200b\ufeff', '  ', '\n\n', ' ' * 30]
-    words = ('<|endoftext|> <|padding|> <|unk|> <|endof text|> <| |> <|endoftext| 0x1F 3.14159 ２０２４ ½Ⅷ² !!! ... #$% '
-             '_a_b ĠĊ \x01 \x7f the Fox función 日本語 русский العربية if x: aaaa ab cd 👍🏽 🇩🇪 ❤️ 1️⃣ 𝔘𝔫𝔦').split(' ')
-    words += ["I'll", "don't", "'S", "'tis"]
-
-    def any_character():
-        plane = rng.randrange(17)
-        character = chr(rng.randrange(max(1, plane << 16), (plane + 1) << 16))
-        return character.encode(errors='ignore').decode()  # no surrogates
-
-    def several(choices, most):
-        return ''.join(rng.choice(choices) for _ in range(rng.randint(1, most)))
-
-    kinds = [any_character, lambda: several(blanks, 12), lambda: several(letters, 3) + several(marks, 5),
-             lambda: several(words, 3), lambda: rng.choice(['', ' ', '\n']) + rng.choice(words)]
+    words = ("<|endoftext|> <|padding|> <|unk|> <|endof text|> <| |> <|endoftext| 0x1F 3.14159 ２０２４ ½Ⅷ² !!! ... #$% "
+             "_a_b ĠĊ \x01 \x7f the Fox función 日本語 русский العربية if x: aaaa ab 👍🏽 🇩🇪 ❤️ 1️⃣ I'll 'S 'tis").split(' ')
     text = []
-    while n > 0:
-        text.append(rng.choice(kinds)())
-        n -= len(text[-1])
+    while sum(map(len, text)) < n:
+        any_character = chr(max(1, rng.randrange(0x110000) >> rng.randrange(14)))
+        any_character = any_character.encode(errors='ignore').decode()  # no surrogates
+        letter = rng.choice(letters) + ''.join(rng.choices(marks, k=rng.randint(0, 4)))
+        text.append(rng.choice([any_character, letter, ''.join(rng.choices(blanks, k=rng.randint(1, 12))),
+                                rng.choice(['', ' ', '\n']) + rng.choice(words)]))
     return ''.join(text)
 
 
@@ -1232,29 +1223,27 @@ def write_ranks(path, ranks):
     return path
 
 
-def write_tokenizer_json(path, ranks, added=(), **changes):
+def write_tokenizer_json(path, ranks, **changes):
     """A tokenizer.json of GPT-2's form with the tokens of `ranks`; the merge of each is what BPE makes of it before."""
+    tokenizers = pytest.importorskip('tokenizers')
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     char = {b: chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)}
     merges = []
-    for token, rank in sorted(ranks.items(), key=lambda x: x[1]):
+    for token, rank in ranks.items():
         parts = [token[i:i + 1] for i in range(len(token))]
         while len(parts) > 2:
             found = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
             i = found.index(min(found))
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
         if len(parts) == 2:
-            merges.append([''.join(char[b] for b in part) for part in parts])
-    flags = dict(single_word=False, lstrip=False, rstrip=False)
-    added = [dict(id=len(ranks) + i, content=content, special=special, normalized=normalized, **flags)
-             for i, (content, special, normalized) in enumerate([(EOT, True, False), *added])]
-    byte_level = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=True)
+            merges.append(tuple(''.join(char[b] for b in part) for part in parts))
     vocab = {''.join(char[b] for b in token): i for token, i in ranks.items()}
-    spec = dict(version='1.0', truncation=None, padding=None, added_tokens=added, normalizer=None, decoder=byte_level,
-                pre_tokenizer=byte_level, post_processor=byte_level,
-                model=dict(type='BPE', dropout=None, byte_fallback=False, vocab=vocab, merges=merges))
-    path.write_text(json.dumps({**spec, **changes}), encoding='utf-8')
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens([EOT])
+    path.write_text(json.dumps({**json.loads(tokenizer.to_str()), **changes}), encoding='utf-8')
     return path
 
 
@@ -1263,32 +1252,20 @@ def shared(name):
     return path if path.is_file() else pytest.skip(f'{path} is not there')
 
 
-def split_tokens(folder, split):
-    """The tokens of a split, its files checked against meta.json."""
+def split_texts(folder):
+    """The documents of train and of val, decoded, in order; the files are checked against meta.json."""
     meta = json.loads((folder / 'meta.json').read_text())
-    parts = []
-    for file in meta[split]['files']:
+    enc, splits = prepare_data.load_tokenizer(meta, folder), []
+    for split in ('train', 'val'):
+        file, = meta[split]['files']
         data = (folder / file['name']).read_bytes()
+        tokens = np.frombuffer(data, meta['dtype'])
         assert hashlib.sha256(data).hexdigest() == file['sha256']
-        parts.append(np.frombuffer(data, meta['dtype']))
-        assert len(parts[-1]) == file['tokens']
-    assert sum(map(len, parts)) == meta[split]['tokens']
-    return np.concatenate(parts).tolist() if parts else []
-
-
-def split_texts(folder, split):
-    """The documents of a split, decoded, in order."""
-    meta = json.loads((folder / 'meta.json').read_text())
-    enc, texts, tokens = prepare_data.load_tokenizer(meta, folder), [], []
-    for t in split_tokens(folder, split):
-        if t == meta['eot']:
-            texts.append(enc.decode(tokens))
-            tokens = []
-        else:
-            tokens.append(t)
-    assert not tokens and len(texts) == meta[split]['documents']
-    assert sum(len(t.encode()) for t in texts) == meta[split]['bytes']
-    return texts
+        assert len(tokens) == file['tokens'] == meta[split]['tokens'] and tokens[-1] == meta['eot']
+        documents = np.split(tokens, np.flatnonzero(tokens == meta['eot']) + 1)[:-1]
+        assert len(documents) == meta[split]['documents']
+        splits.append([enc.decode(document[:-1].tolist()) for document in documents])
+    return splits
 
 
 def some_texts(n, seed=0):
@@ -1317,6 +1294,12 @@ def refuses(call, words):
     assert words in str(e.value) and '\n' not in str(e.value)
 
 
+def fails(error):
+    def call(*args, **kw):
+        raise error
+    return call
+
+
 @pytest.mark.parametrize('body, code, err', [
     ('raise p.UsageError("bad \\udcff é, do this")', 2, 'x.py: bad \\udcff é, do this\n'),
     ('open("none")', 2, "x.py: [Errno 2] No such file or directory: 'none'\n"),
@@ -1333,19 +1316,13 @@ def test_files_appear_whole_and_only_where_they_can(tmp_path, monkeypatch):
     prepare_data.check_writable(tmp_path / 'x')
     assert not any(tmp_path.iterdir())
     prepare_data.write_beside(tmp_path / 'x', b'old')
-    for path, words in ((tmp_path, 'folder'), (tmp_path / 'no' / 'x', 'cannot be written'), ('/dev/null', 'regular'),
+    for path, words in ((tmp_path, 'folder'), (tmp_path / 'no' / 'x', 'cannot be written'), ('/dev/null', 'device'),
                         (tmp_path / ('x' * 300), 'cannot be written'), (tmp_path / 'x' / 'y', 'cannot be written')):
         refuses(lambda: prepare_data.check_writable(path), words)
     monkeypatch.setattr(os, 'replace', fails(OSError(28, 'No space left on device')))
     with pytest.raises(OSError):
         prepare_data.write_beside(tmp_path / 'x', b'new')
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b'old']
-
-
-def fails(error):
-    def call(*args, **kw):
-        raise error
-    return call
 
 
 def test_one_process_a_folder(tmp_path, monkeypatch, capsys):
@@ -1393,9 +1370,10 @@ def test_blanks_that_overflow_another_pattern_are_refused(tmp_path, monkeypatch)
     monkeypatch.setattr(tiktoken, 'get_encoding', lambda name: tiktoken.Encoding(
         name, pat_str=r'\s+(?!\S)|\s+|\S+', mergeable_ranks=ranks, special_tokens={EOT: 256}))
     write_files(tmp_path, {'x.txt': 'x' + ' ' * 1_000_000 + 'y'})
-    refuses(lambda: prepare_data.prepare([tmp_path / 'x.txt'], tmp_path / 'out', 'cl100k_base'), 'x.txt has 100,000 blanks')
-    prepare_data.prepare([tmp_path / 'x.txt'], tmp_path / 'out', 'gpt2')  # whose pattern is known
-    assert split_texts(tmp_path / 'out', 'val')[0].endswith(' y')
+    args = [tmp_path / 'x.txt'], tmp_path / 'out'
+    refuses(lambda: prepare_data.prepare(*args, 'cl100k_base'), 'x.txt has 100,000 blanks')
+    prepare_data.prepare(*args, 'gpt2')  # whose pattern is known
+    assert split_texts(tmp_path / 'out')[1][0].endswith(' y')
 
 
 def test_neox_tokenizer():
@@ -1408,30 +1386,24 @@ def test_neox_tokenizer():
     for i in range(20):
         text = nasty(random.Random(i), 2000)
         assert enc.decode(enc.encode_ordinary(text)) == hf.normalizer.normalize_str(text)
-    tokens = [hf.encode(w).ids for w in ('naïve', ' 日本', '      x', '<|padding|>')]
-    for ids in tokens:
+    for ids in [hf.encode(w).ids for w in ('naïve', ' 日本', '      x', '<|padding|>')]:
         assert b''.join(map(enc.decode_single_token_bytes, ids)).decode() == hf.decode(ids, skip_special_tokens=False)
 
 
-@pytest.mark.parametrize('changes, words', [
-    (dict(decoder={'type': 'WordPiece', 'prefix': '##', 'cleanup': False}), 'not of bytes'),
-    (dict(model='BPE'), 'cannot be used'), (dict(decoder=None), 'cannot be used'), ('no JSON', 'cannot be used'),
-    ('{"a": ' * 10**5, 'cannot be used'), (b'\xff', 'cannot be used'), (dict(added_tokens=[]), 'has no <|endoftext|>')])
-def test_tokenizer_json_that_cannot_be_used_is_refused(tmp_path, changes, words):
+@pytest.mark.parametrize('name, content, words', [
+    ('x.json', dict(decoder={'type': 'WordPiece', 'prefix': '##', 'cleanup': False}), 'not of bytes'),
+    ('x.json', dict(model='BPE'), 'cannot be used'), ('x.json', dict(decoder=None), 'cannot be used'),
+    ('x.json', dict(added_tokens=[]), 'has no <|endoftext|>'), ('x.json', '{"a": ' * 10**5, 'cannot be used'),
+    ('x.json', b'\xff', 'cannot be used'), ('x.tiktoken', b'YQ== 0 1\n', 'not a .tiktoken file'),
+    ('x.tiktoken', b'\n', 'not a .tiktoken file'), ('x.tiktoken', b'*** 0\n', 'not a .tiktoken file'),
+    ('x.tiktoken', b'YQ== 0\n', 'not a whole .tiktoken file')])
+def test_tokenizer_that_cannot_be_used_is_refused(tmp_path, name, content, words):
     pytest.importorskip('tokenizers')
-    if isinstance(changes, dict):
-        write_tokenizer_json(tmp_path / 'x.json', small_ranks(), **changes)
+    if isinstance(content, dict):
+        write_tokenizer_json(tmp_path / name, small_ranks(), **content)
     else:
-        write_files(tmp_path, {'x.json': changes})
-    refuses(lambda: prepare_data.load_tokenizer(tmp_path / 'x.json'), words)
-
-
-@pytest.mark.parametrize('data, words', [
-    (b'YQ== 0 1\n', 'not a .tiktoken file'), (b'\n', 'not a .tiktoken file'), (b'*** 0\n', 'not a .tiktoken file'),
-    (b'YQ== 0\n', 'not a whole .tiktoken file')])
-def test_broken_rank_file_is_refused(tmp_path, data, words):
-    (tmp_path / 'x.tiktoken').write_bytes(data)
-    refuses(lambda: prepare_data.load_tokenizer(tmp_path / 'x.tiktoken'), words)
+        write_files(tmp_path, {name: content})
+    refuses(lambda: prepare_data.load_tokenizer(tmp_path / name), words)
 
 
 @pytest.mark.parametrize('vocab, dtype', [(2**16, 'uint16'), (2**16 + 1, 'uint32')])
@@ -1444,15 +1416,15 @@ def test_dtype_holds_the_vocabulary(tmp_path, vocab, dtype):
     write_files(tmp_path, {'x.txt': text})
     meta = prepare_data.prepare([tmp_path / 'x.txt'], tmp_path / 'out', path)
     assert (meta['dtype'], meta['vocab_size'], meta['eot']) == (dtype, vocab, vocab - 1)
-    assert split_tokens(tmp_path / 'out', 'train')[-1] == vocab - 1
-    assert ''.join(split_texts(tmp_path / 'out', s)[0] for s in ('train', 'val')) == text
+    train, val = split_texts(tmp_path / 'out')
+    assert train[0] + val[0] == text
 
 
 def packed(data, packing):
-    if packing == '.zst':  # two frames, one behind the other
+    if packing == '.zst':  # two frames, one behind the other, with checksums
+        compressor = pytest.importorskip('zstandard').ZstdCompressor(write_checksum=True)
         half = len(data) // 2
-        compress = pytest.importorskip('zstandard').compress
-        return compress(data[:half]) + compress(data[half:])
+        return compressor.compress(data[:half]) + compressor.compress(data[half:])
     return gzip.compress(data) if packing == '.gz' else data
 
 
@@ -1486,7 +1458,7 @@ def test_every_form_of_input_gives_the_same_documents(tmp_path, monkeypatch, cap
         monkeypatch.setitem(sys.modules, 'datasets', module)
         sources = ['hf:a/b:c']
     prepare_data.prepare(sources, tmp_path / 'out', val_fraction=0.3)
-    train, val = [split_texts(tmp_path / 'out', s) for s in ('train', 'val')]
+    train, val = split_texts(tmp_path / 'out')
 
     def for_validation(text):
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), 'big') < 0.3 * 2**64
@@ -1495,24 +1467,17 @@ def test_every_form_of_input_gives_the_same_documents(tmp_path, monkeypatch, cap
     assert ('skipped 2 files' in capsys.readouterr().out) == (form == 'txt')
 
 
-def test_files_and_globs_in_their_order(tmp_path, monkeypatch):
-    texts = some_texts(30)
-    write_files(tmp_path / 'in', {f'{i:02d}.txt': t for i, t in enumerate(texts)})
+def test_split_depends_on_the_document_alone(tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path))
-    prepare_data.prepare(['~/in/[12]*.txt', '~/in/02.txt'], '~/out', val_fraction=0.3)
-    train, val = [split_texts(tmp_path / 'out', s) for s in ('train', 'val')]
-    order = [*texts[10:], texts[2]]
-    assert sorted(train + val) == sorted(order) and train == [t for t in order if t in train]
-
-
-def test_split_depends_on_the_document_alone(tmp_path):
-    texts = [f'document {i}' for i in range(3000)]
-    write_jsonl(tmp_path / 'a.jsonl', texts)
-    write_jsonl(tmp_path / '0.jsonl', [f'another {i}' for i in range(500)])
-    prepare_data.prepare([tmp_path / 'a.jsonl'], tmp_path / 'one', val_fraction=0.1)
-    prepare_data.prepare([tmp_path / 'a.jsonl', tmp_path / '0.jsonl'], tmp_path / 'two', val_fraction=0.1)
-    one, two = (set(split_texts(tmp_path / n, 'val')) for n in ('one', 'two'))
-    assert one == two & set(texts) and 300 - 4 * 17 < len(one) < 300 + 4 * 17 and two - one
+    texts, more = ([f'{i} {text}' for i in range(n)] for text, n in (('a', 3000), ('b', 500)))
+    write_jsonl(tmp_path / 'a1.jsonl', texts[:900])
+    write_jsonl(tmp_path / 'a2.jsonl', texts[900:])
+    write_jsonl(tmp_path / '0.jsonl', more)
+    prepare_data.prepare(['~/a1.jsonl', '~/a2.jsonl'], '~/one', val_fraction=0.1)
+    prepare_data.prepare(['~/a*.jsonl', '~/0.jsonl'], '~/two', val_fraction=0.1)
+    one, two = split_texts(tmp_path / 'one')[1], split_texts(tmp_path / 'two')[1]
+    assert two[:len(one)] == one == [t for t in texts if t in one] and len(two) > len(one)
+    assert 300 - 4 * 17 < len(one) < 300 + 4 * 17
 
 
 def test_a_very_long_text_is_several_documents(tmp_path, monkeypatch):
@@ -1522,110 +1487,76 @@ def test_a_very_long_text_is_several_documents(tmp_path, monkeypatch):
     texts = ['\ufeff' + 'é\r\n' * 40, 'x' * 500, ''.join(f'line {i}\n' for i in range(300)), 'short']
     write_files(tmp_path / 'in', {f'{i}.txt': text for i, text in enumerate(texts)})
     prepare_data.prepare([tmp_path / 'in'], tmp_path / 'out', val_fraction=0.3)
-    train, val = [split_texts(tmp_path / 'out', split) for split in ('train', 'val')]
+    train, val = split_texts(tmp_path / 'out')
     assert len(train) > 10 and len(val) > 1 and all(len(text) <= 200 for text in train + val)
     assert sorted(''.join(train + val)) == sorted(''.join(texts)[1:])  # less the byte order mark
     assert all(text.startswith('line') and text.endswith('\n') for text in train + val if 'line' in text)
 
 
 @pytest.mark.parametrize('files, expect', [
-    ({'x.txt.gz': gzip.compress(nasty(random.Random(5), 3000).encode())}, None),
     ({'a.txt': 'one', 'b.txt': 'three', 'c.txt': 'the last'}, (['one', 'three', 'the las'], ['t'])),
-    ({'a.jsonl': '{"text": "a single row"}'}, (['a single ro'], ['w'])), ({'a.txt': 'aé'}, (['a'], ['é']))])
-def test_of_few_documents_the_end_is_for_validation(tmp_path, capsys, files, expect):
+    ({'a.jsonl': '{"text": "a single row"}'}, (['a single ro'], ['w'])), ({'a.txt': 'aé'}, (['a'], ['é'])),
+    ({f'{i}.txt': 'text ' * 20 for i in range(4)}, (['text ' * 20] * 3 + ['text ' * 12], ['text ' * 8])),
+    ({f'{i}.txt': str(i) for i in range(10, 20)}, ([str(i) for i in range(10, 19)], ['19']))])
+def test_of_few_documents_the_end_is_for_validation(tmp_path, monkeypatch, capsys, files, expect):
+    monkeypatch.setattr(prepare_data, 'BATCH', 300)
+    monkeypatch.setattr(prepare_data, 'split_of', lambda text, val_fraction: 0)
     write_files(tmp_path / 'in', files)
-    meta = prepare_data.prepare([tmp_path / 'in'], tmp_path / 'out', val_fraction=0.1)
-    train, val = (split_texts(tmp_path / 'out', s) for s in ('train', 'val'))
-    assert 'for validation' in capsys.readouterr().out and meta['train']['documents'] == len(train)
-    if expect:
-        assert (train, val) == expect
-    else:
-        text = gzip.decompress(files['x.txt.gz']).decode()
-        assert train[0] + val[0] == text and abs(len(val[0].encode()) - len(text.encode()) / 10) < 5
+    prepare_data.prepare([tmp_path / 'in'], tmp_path / 'out', val_fraction=0.1)
+    assert split_texts(tmp_path / 'out') == list(expect) and 'for validation' in capsys.readouterr().out
 
 
-def test_shards_join_to_the_same_tokens(tmp_path, capsys):
-    for i in range(7):
-        write_jsonl(tmp_path / f'{i}.jsonl', some_texts(20, seed=i))
-    tokenizer = write_ranks(tmp_path / 't.tiktoken', small_ranks())
-    sources, kw = [tmp_path / '*.jsonl'], dict(tokenizer=tokenizer, val_fraction=0.2)
-    prepare_data.prepare(sources, tmp_path / 'whole', **kw, workers=1)
-    prepare_data.prepare(sources, tmp_path / 'small', **kw, shard_tokens=1000, workers=2)
-    for i in (2, 0, 1):
-        assert not (tmp_path / 'jobs' / 'meta.json').exists()
-        prepare_data.prepare(sources, tmp_path / 'jobs', **kw, shard=f'{i}/3', shard_tokens=1000)
-        assert ('all 3 shards are there' if i == 1 else 'still to come') in capsys.readouterr().out
-    metas = [json.loads((tmp_path / n / 'meta.json').read_text()) for n in ('whole', 'small', 'jobs')]
-    assert len(metas[1]['train']['files']) > 5 and all(f['tokens'] == 1000 for f in metas[1]['train']['files'][:-1])
-    for split in ('train', 'val'):
-        want = split_tokens(tmp_path / 'whole', split)
-        assert want == split_tokens(tmp_path / 'small', split) == split_tokens(tmp_path / 'jobs', split)
-        assert split_texts(tmp_path / 'jobs', split) == split_texts(tmp_path / 'whole', split)
-    assert all({**m, 'train': 0, 'val': 0} == {**metas[0], 'train': 0, 'val': 0} for m in metas)
-    # fewer files another time: those of before go, others stay
-    write_files(tmp_path / 'small', {'training.bin': 'not ours'})
-    prepare_data.prepare(sources, tmp_path / 'small', **kw)
-    names = sorted(p.name for p in (tmp_path / 'small').iterdir())
-    assert names == ['meta.json', 'tokenizer.tiktoken', 'train.bin', 'training.bin', 'val.bin']
-    again = lambda: prepare_data.prepare(sources, tmp_path / 'jobs', 'bytes', shard='1/3')  # noqa: E731
-    refuses(again, 'shard_00000_of_00003, shard_00002_of_00003')
-    (tmp_path / 'jobs' / 'shard_00000_of_00003' / 'meta.json').write_text('{}')
-    refuses(again, 'shard_00000_of_00003')
-
-
-KILLED = '''
+KILLED = """
 import os, signal, sys, prepare_data as p
 p.LONGEST, p.BATCH, p.SAVE_EVERY, left = 3000, 3000, 0, int(sys.argv[1])
 def dies(f):
     def call(*a):
         global left
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        left -= 1
+        if a[-1] != 'rb':  # not reading
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
         return f(*a)
     return call
-os.replace, p.TokenFiles.write = dies(os.replace), dies(p.TokenFiles.write)
-p.prepare(sys.argv[4:], sys.argv[2], sys.argv[3], val_fraction=0.3, shard_tokens=1000)
-'''
+os.replace, p.open = dies(os.replace), dies(open)
+p.prepare(sys.argv[5:], sys.argv[2], sys.argv[3], float(sys.argv[4]))
+"""
 
 
-@pytest.mark.parametrize('few', [False, True])
-def test_killed_preparation_continues(tmp_path, monkeypatch, few):
+@pytest.mark.parametrize('val_fraction', [0.3, 0.001])  # with the second the hashes put all documents into one split
+def test_killed_preparation_continues(tmp_path, monkeypatch, val_fraction):
     """kill -9 between any two steps of writing: a meta.json is always true, and the same command continues."""
-    tokenizer = write_ranks(tmp_path / 't.tiktoken', small_ranks())
-    texts = [nasty(random.Random(6), 9000), nasty(random.Random(7), 30_000)]
-    for i in range(0 if few else 4):
-        write_jsonl(tmp_path / f'{i}.jsonl', some_texts(25, seed=i))
-    write_files(tmp_path, {'8.txt': texts[0], '9.txt': texts[1]})
-    sources = [str(tmp_path / '9.txt')] if few else [str(tmp_path / '*.jsonl'), str(tmp_path / '[89].txt')]
+    write_ranks(tmp_path / 't.tiktoken', small_ranks())
+    args = [str(tmp_path / 't.tiktoken'), val_fraction]
+    write_files(tmp_path, {'8.txt': nasty(random.Random(6), 9000), 'a': 'of another time', 'b': 'and of another'})
+    sources = [str(write_jsonl(tmp_path / f'{i}.jsonl', some_texts(25, seed=i))) for i in range(4)]
+    sources.append(str(tmp_path / '8.txt'))
+    batches, encode_all = [], prepare_data.encode_all
     monkeypatch.setattr(prepare_data, 'LONGEST', 3000)
     monkeypatch.setattr(prepare_data, 'BATCH', 3000)
-    batches, encode_all = [], prepare_data.encode_all
     monkeypatch.setattr(prepare_data, 'encode_all', lambda *a: (batches.append(1) or x for x in encode_all(*a)))
-    kw = dict(tokenizer=str(tokenizer), val_fraction=0.3, shard_tokens=1000)
-    prepare_data.prepare(sources, tmp_path / 'whole', **kw)
-    want, all_batches = {p.name: p.read_bytes() for p in (tmp_path / 'whole').iterdir()}, len(batches)
-    assert all_batches > 5 and len(want) > 5
-    steps = 3 * all_batches  # two writes and one progress file a batch, then the renames
-    write_files(tmp_path, {'other.text': 'of another time'})
-    prepare_data.prepare([tmp_path / 'other.text'], tmp_path / 'other')
-    for left in (0, 10, steps // 2 + 1, steps - 1, steps, steps + 3, steps + len(want) - 1):
-        out = shutil.copytree(tmp_path / 'other', tmp_path / f'killed{left}')
-        command = [sys.executable, '-c', KILLED, str(left), str(out), str(tokenizer), *sources]
-        done = subprocess.run(command, cwd=HERE, capture_output=True)
+    prepare_data.prepare(sources, tmp_path / 'whole', *args)
+    want, n = {p.name: p.read_bytes() for p in (tmp_path / 'whole').iterdir()}, len(batches)
+    steps = 3 + 3 * n  # the lock and two files; two writes and one progress file a batch; then the four renames
+    prepare_data.prepare([tmp_path / 'a'], tmp_path / 'other')
+
+    def killed(left, out, *sources):
+        command = [sys.executable, '-c', KILLED, left, out, *args, *sources]
+        done = subprocess.run([str(a) for a in command], cwd=HERE, capture_output=True)
         assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-        if left < steps:  # what was there before is whole
-            assert split_texts(out, 'train') + split_texts(out, 'val') == ['of another tim', 'e']
-        else:
-            assert not (out / 'meta.json').exists()
-        if left == steps - 1:  # another preparation, killed too, writes over what was there
-            write_files(tmp_path, {'0.text': nasty(random.Random(8), 9000)})
-            subprocess.run([*command[:3], '2', *command[4:6], str(tmp_path / '0.text')], cwd=HERE, capture_output=True)
+    for left in (0, 10, steps // 2 + 1, steps - 1, steps, steps + len(want) - 1):
+        out = shutil.copytree(tmp_path / 'other', tmp_path / f'killed{left}')
+        killed(left, out, *sources)
+        if left <= steps:  # what was there before is whole, but that its meta.json is the first to go
+            assert (out / 'meta.json').exists() == (left < steps)
+            assert {p.name for p in out.iterdir()} >= {'train.bin', 'val.bin'}
+            assert (out / 'train.bin').read_bytes() == (tmp_path / 'other' / 'train.bin').read_bytes()
+        if left == steps - 1:  # another preparation, killed too, writes over the unfinished files
+            killed(5, out, tmp_path / 'b')
         batches.clear()
-        prepare_data.prepare(sources, out, **kw)
+        prepare_data.prepare(sources, out, *args)
         assert {p.name: p.read_bytes() for p in out.iterdir()} == want
-        if 10 <= left < steps - 1 and not few:
-            assert len(batches) <= all_batches - left // 3 + 1
+        assert left < 10 or left >= steps - 1 or len(batches) <= n - (left - 3) // 3 + 1 < n
 
 
 def archive(form):
@@ -1642,28 +1573,23 @@ def archive(form):
     return file.getvalue()
 
 
-BAD = [
+@pytest.mark.parametrize('name, data, kw, words', [
     ('x', b'good \xff bad', {}, 'x is not text in UTF-8'), ('x', 'ends é'.encode()[:-1], {}, 'UTF-8'),
-    ('x', b'', {}, 'no text in'), ('x', b'\xef\xbb\xbf', {}, 'no text in'), ('x', 'text'.encode('utf-16'), {}, 'UTF-8'),
+    ('x', b'', {}, 'too little text'), ('x', b'\xef\xbb\xbf', {}, 'too little text'),
+    ('x', 'text'.encode('utf-16'), {}, 'UTF-8'), ('x', b'a', {}, 'too little text'),
     ('x.tar', archive('w:'), {}, 'unpack an archive'), ('x.tar.gz', archive('w:gz'), {}, 'unpack an archive'),
     ('x.tbz', archive('w:bz2'), {}, 'unpack an archive'), ('x.zip', archive('zip'), {}, 'unpack an archive'),
     ('x.gz', b'not packed', {}, 'x.gz cannot be read'), ('x.gz', gzip.compress(b'text')[:-9], {}, 'cannot be read'),
     ('x.jsonl', b'{"text": "a"}\n{"text": "b"\n', {}, 'x.jsonl, line 2 is not an object with a string "text"'),
-    ('x.jsonl', b'{"txt": "a"}\n', {}, 'line 1 is not'), ('x.jsonl', b'\xff\n', {}, 'line 1 is not'),
-    ('x.jsonl', b'["text"]\n', {}, 'line 1 is not'), ('x.jsonl', b'{"text": 5}', {}, 'line 1 is not'),
-    ('x.jsonl', b'[' * 100_000, {}, 'line 1 is not'), ('x.jsonl', b'\n\n', {}, 'no text in'),
-    ('x.jsonl', b'{"text": ""}\n', {}, 'no text in'), ('x', b'a', {}, 'too few for training and validation'),
+    *[('x.jsonl', line, {}, 'line 1 is not')
+      for line in (b'{"txt": "a"}\n', b'\xff\n', b'["text"]\n', b'{"text": 5}', b'[' * 100_000)],
+    ('x.jsonl', b'\n{"text": ""}\n', {}, 'too little text'),
     *[('x', b'text', dict(val_fraction=v), '--val_fraction must lie') for v in (0, 1.0, -1, float('nan'))],
-    *[('x', b'text', dict(shard=s), '--shard must be i/n') for s in ('1', '0/2', '1/1', '-1/1', '0/0', '9' * 5000)],
-    *[('x', b'text', dict(shard_tokens=s), '--shard_tokens must be') for s in (-1, 0.5, float('inf'), float('nan'))],
-    *[('x', b'text', dict(workers=w), '--workers must be') for w in (0, -1, 10**9)], ('', b'', {}, 'no files found'),
+    ('none*', None, {}, 'give files, folders, globs'),
     ('x', b'text', dict(tokenizer='gpt-2'), "unknown tokenizer 'gpt-2': give bytes, one of gpt2"),
-    ('x', b'text', dict(tokenizer='none.json'), 'no tokenizer file none.json')]
-
-
-@pytest.mark.parametrize('name, data, kw, words', BAD)
+    ('x', b'text', dict(tokenizer='none.json'), 'no tokenizer file none.json')])
 def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, name, data, kw, words):
-    write_files(tmp_path / 'in', {name: data} if name else {})
+    write_files(tmp_path / 'in', {name: data} if data is not None else {})
     sources, out = [tmp_path / 'in' / name], tmp_path / 'out'
     refuses(lambda: prepare_data.prepare(sources, out, **kw), words)
     assert not out.exists()
@@ -1677,25 +1603,13 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, name, data, kw, 
 
 @pytest.mark.parametrize('packing', ['.gz', '.zst'])
 def test_compressed_input_that_was_cut_off_is_refused(tmp_path, packing):
-    """Cut anywhere but at the border of two frames, or with a byte changed."""
-    if packing == '.zst':
-        pytest.importorskip('pyarrow')
+    """Cut anywhere but at the border of two frames, or with a byte changed, or with something behind it."""
     rows = ''.join(json.dumps({'text': f'text {i * 7919 % 10007}'}) + '\n' for i in range(2000)).encode()
     data = packed(rows, packing)
-    frames = [data]
-    if packing == '.zst':
-        compressor = pytest.importorskip('zstandard').ZstdCompressor(write_checksum=True)
-        frames = [compressor.compress(rows[:len(rows) // 2]), compressor.compress(rows[len(rows) // 2:])]
-        data = b''.join(frames)
-    damaged = [data[:n] for n in (5, len(data) // 3, len(frames[0]) + 3, len(data) - 1) if n < len(data)]
-    damaged += [data + b'garbage', data[:500] + bytes([data[500] ^ 255]) + data[501:]]
-    for i, part in enumerate(damaged):
-        write_files(tmp_path, {f'{i}.jsonl{packing}': part})
-        refuses(lambda: prepare_data.prepare([tmp_path / f'{i}.jsonl{packing}'], tmp_path / 'out'), f'{i}.jsonl')
-    write_files(tmp_path, {'whole.txt' + packing: frames[0]})
-    prepare_data.prepare([tmp_path / f'whole.txt{packing}'], tmp_path / 'out')
-    texts = [split_texts(tmp_path / 'out', split)[0] for split in ('train', 'val')]
-    assert ''.join(texts).encode() == rows[:len(rows) // len(frames)]
+    changed = data[:500] + bytes([data[500] ^ 255]) + data[501:]
+    for part in (data[:5], data[:len(data) // 3], data[:len(data) * 2 // 3], data[:-1], data + b'garbage', changed):
+        write_files(tmp_path, {f'x.jsonl{packing}': part})
+        refuses(lambda: prepare_data.prepare([tmp_path / f'x.jsonl{packing}'], tmp_path / 'out'), 'x.jsonl')
 
 
 def test_folder_with_names_and_files_that_are_no_text(tmp_path):
@@ -1711,34 +1625,32 @@ def test_folder_with_names_and_files_that_are_no_text(tmp_path):
     env = {**os.environ, 'PYTHONIOENCODING': 'ascii:strict'}
     done = subprocess.run([*command, '--val_fraction', '0.2'], cwd=HERE, capture_output=True, env=env)
     assert done.returncode == 0 and b'skipped 4 files' in done.stdout, done.stderr.decode()
-    assert len(split_texts(tmp_path / 'out', 'train')) + len(split_texts(tmp_path / 'out', 'val')) == 40
+    assert sum(map(len, split_texts(tmp_path / 'out'))) == 40
 
 
-def test_what_is_missing_is_named(tmp_path, monkeypatch):
-    prepare, out = prepare_data.prepare, tmp_path / 'out'
-    refuses(lambda: prepare([tmp_path / 'no*'], out), 'give files, folders, globs')
-    for name, module in (('x.zst', 'pyarrow'), ('x.parquet', 'pyarrow'), ('hf:x', 'datasets')):
-        monkeypatch.setitem(sys.modules, module, None)
-        monkeypatch.setitem(sys.modules, f'{module}.parquet', None)
-        (tmp_path / name).write_bytes(b'')
-        refuses(lambda: prepare([name if module == 'datasets' else tmp_path / name], out), f'pip install {module}')
-    write_files(tmp_path, {'x.txt': 'some text', 'file': ''})
-    refuses(lambda: prepare([tmp_path / 'x.txt'], tmp_path / 'file'), 'cannot be made a folder')
+@pytest.mark.parametrize('source, module', [('x.zst', 'pyarrow'), ('x.parquet', 'pyarrow'), ('hf:x', 'datasets')])
+def test_a_missing_package_is_named(tmp_path, monkeypatch, source, module):
+    monkeypatch.chdir(write_files(tmp_path, {source: ''}))
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setitem(sys.modules, f'{module}.parquet', None)
+    refuses(lambda: prepare_data.prepare([source], 'out'), f'pip install {module}')
+
+
+def test_without_a_network_or_a_disk(tmp_path, monkeypatch):
+    prepare, out, text = prepare_data.prepare, tmp_path / 'out', write_files(tmp_path / 'in', {'x.txt': 'some text'})
     with monkeypatch.context() as m:
         m.setattr(prepare_data.urllib.request, 'urlopen', fails(urllib.error.URLError('no network')))
         refuses(lambda: prepare(['shakespeare'], out), 'could not be downloaded')
-        assert not out.exists()
-        m.setattr(prepare_data.urllib.request, 'urlopen', lambda url, timeout: io.BytesIO(b'To be, or not to be'))
-        prepare(['shakespeare'], out)
-        assert split_texts(out, 'train') == ['To be, or not to b'] and (out / 'input.txt').is_file()
-    with monkeypatch.context() as m:
         m.setattr(tiktoken, 'get_encoding', fails(ConnectionError()))
-        refuses(lambda: prepare([tmp_path / 'x.txt'], out, 'gpt2'), 'could not download gpt2 (ConnectionError)')
+        refuses(lambda: prepare([text], out, 'gpt2'), 'could not download gpt2 (ConnectionError)')
     with monkeypatch.context() as m:
-        m.setattr(prepare_data.TokenFiles, 'write', fails(OSError(28, 'No space left on device')))
-        with pytest.raises(OSError):
-            prepare([tmp_path / 'x.txt'], tmp_path / 'out2')
-        assert not (tmp_path / 'out2').exists()
+        m.setattr(prepare_data, 'encode_all', fails(OSError(28, 'No space left on device')))
+        with pytest.raises(OSError, match='No space'):
+            prepare([text], out)
+    assert not out.exists()
+    monkeypatch.setattr(prepare_data.urllib.request, 'urlopen', lambda url, timeout: io.BytesIO(b'To be, or not to be'))
+    prepare(['shakespeare'], out)
+    assert split_texts(out) == [['To be, or not to b'], ['e']] and (out / 'input.txt').is_file()
 
 
 def test_data_and_its_tokenizer_belong_together(tmp_path):
@@ -1753,33 +1665,17 @@ def test_data_and_its_tokenizer_belong_together(tmp_path):
     assert prepare_data.load_tokenizer(meta, out).encode_ordinary(' the') == [258]
     prepare_data.prepare([tmp_path / 'x.txt'], out, out / 'tokenizer.tiktoken')  # its own copy
     write_ranks(out / 'tokenizer.tiktoken', {t: i for t, i in small_ranks().items() if i < 260})
-    refuses(lambda: prepare_data.load_tokenizer(meta, out), 'is not the one')
+    other = {'tokenizer': 'bytes', 'tokenizer_sha256': '0'}
+    for data, words in ((meta, 'not the one'), (other, 'not the one'), ({}, 'meta'), ({'tokenizer': 'bytes'}, 'meta')):
+        refuses(lambda: prepare_data.load_tokenizer(data, out), words)
     (out / 'tokenizer.tiktoken').unlink()
     refuses(lambda: prepare_data.load_tokenizer(meta, out), 'no tokenizer file')
-    meta = prepare_data.prepare([tmp_path / 'x.txt'], tmp_path / 'bytes')
-    refuses(lambda: prepare_data.load_tokenizer({**meta, 'tokenizer_sha256': '0'}), 'is not the one')
-    for part in ({}, {'tokenizer': 'bytes'}, {'tokenizer_sha256': '0'}):
-        refuses(lambda: prepare_data.load_tokenizer(part, out), 'meta.json')
-
-
-@pytest.mark.parametrize('args, out', [
-    ((), 'stdlib'), (('shakespeare',), 'shakespeare'), (('a/my.corpus.jsonl.gz', 'b'), 'my'),
-    (('corpus/*.txt',), 'corpus'), (('hf:org/set:en',), 'set'), (('~/.notes/',), 'notes')])
-def test_prepare_command_line(monkeypatch, args, out):
-    called = []
-    monkeypatch.setattr(prepare_data, 'prepare', lambda *a: called.append(a))
-    prepare_data.main([*args])
-    flags = '--out o --tokenizer t --val_fraction 0.1 --shard_tokens 1e9 --shard 1/2 --workers 3'
-    prepare_data.main([*args, *flags.split()])
-    sources = list(args) or ['stdlib']
-    assert called == [(sources, f'data/{out}', 'bytes', 0.02, 0, None, None), (sources, 'o', 't', 0.1, 1e9, '1/2', 3)]
 
 
 def test_standard_library_is_the_default(tmp_path):
     meta = prepare_data.prepare(out=tmp_path / 'out')
-    assert meta['source'] == ['stdlib'] and meta['train']['documents'] > 300
-    assert meta['train']['bytes'] > 5e6 and meta['val']['documents'] > 3
-    assert any('import ' in t for t in split_texts(tmp_path / 'out', 'val'))
+    assert meta['source'] == ['stdlib'] and meta['train']['documents'] > 300 and meta['train']['tokens'] > 5e6
+    assert meta['val']['documents'] > 3 and any('import ' in t for t in split_texts(tmp_path / 'out')[1])
 
 
 # train.py

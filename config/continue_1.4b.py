@@ -1,7 +1,7 @@
 # Gates for a trained model of 1.4B: first the gates alone for 1B tokens, with the backbone frozen, then everything.
 # --init_from=DIR is a Hugging Face folder of a PonderPythia, whose shape and scale_embeds are used. A vanilla one has
 # to learn to ponder first: give --freeze_backbone=0 and a later --ponder_start. --halting=False is fixed depth.
-# Data: python prepare_data.py PILE/*.jsonl.zst --tokenizer DIR/tokenizer.json --out data/pile --shard_tokens 1e9
+# Data: python prepare_data.py PILE/*.jsonl.zst --tokenizer DIR/tokenizer.json --out data/pile
 out_dir = 'out/continue_1.4b'
 data_dir = 'data/pile'
 init_from = './checkpoints/ponderpythia-1.4b'

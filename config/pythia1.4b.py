@@ -1,7 +1,7 @@
 # Pythia-1.4B's shape from scratch with AdaPonderLM's settings: the paper's objective, 26B Pile tokens, 2M a step.
 # Baselines: --n_iter=1 (Pythia), --halting=False (PonderLM), --feedback=hidden (a looped transformer).
 # --objective=saving --k_max=0.25 instead leaves out a quarter of the iterations 2 .. 4.
-# Data: python prepare_data.py PILE/*.jsonl.zst --tokenizer tokenizer.json --out data/pile --shard_tokens 1e9
+# Data: python prepare_data.py PILE/*.jsonl.zst --tokenizer tokenizer.json --out data/pile
 out_dir = 'out/pythia1.4b'
 data_dir = 'data/pile'
 vocab_size = 50304

@@ -306,7 +306,7 @@ def test_savings_and_early_ce_are_those_of_runs_that_stop_early(kw, execution):
 def states(N, U):
     """(N, d): one that is sure of its token, one that is sure of the last one, and others that are not sure."""
     h = torch.randn(N, U.size(1), generator=torch.Generator().manual_seed(12), dtype=torch.float64).to(U)
-    h[0] *= 200
+    h[0] *= 2000
     h[1] = 300 * U[-1]
     return h.requires_grad_()
 

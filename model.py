@@ -5,14 +5,14 @@ Notable choices, in reading order:
 - The backbone is GPT-NeoX (Pythia): attention and MLP in parallel, partial rotary, LayerNorm with bias.
 - It runs n_iter times through the same weights. Between two iterations each token's input moves by its pondering
   embedding, the expected embedding of its next token (PonderLM, arXiv 2505.20674).
-- After each iteration a gate, a small MLP of its own, judges every token: where it falls under tau, the token halts
-  for good (AdaPonderLM, arXiv 2603.01914).
+- After each iteration but the last a gate, a small MLP of that iteration, judges every token that is still active:
+  where it falls under tau, the token halts for good (AdaPonderLM, arXiv 2603.01914).
 - A halted token keeps its hidden state and its keys and values, so later iterations cannot change anything about it.
   Hence three executions compute one function: dense (training), packed (only active tokens run) and cached (decoding).
   All three are the one loop in iterate(); only the attention function that is handed to the blocks differs.
 - n_iter=1 is vanilla Pythia, halting=False is fixed-depth PonderLM: the same code and weights.
 
-This file needs torch alone (from_pretrained and save_pretrained need transformers too): copy it into your project.
+This file needs torch alone (Hugging Face folders need transformers and safetensors too): copy it into your project.
 """
 import json
 import math
@@ -21,7 +21,7 @@ import shutil
 import tempfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 import torch.nn as nn
@@ -136,9 +136,10 @@ def rotate(x, rope):
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
 
-# The three attention functions: attend(q, k, v, kv, at) -> y, kv. q, k, v, y belong to the tokens that run, and `at`
-# says which these are. kv holds the keys and values of all tokens of this layer; the function puts those of the running
-# tokens in their place. This is KV reuse: K^(i) <- where(m^i, K fresh, K^(i-1)).
+# The three attention functions: attend(q, k, v, kv, at) -> y, kv. q, k, v, y belong to the tokens that run. kv holds
+# the keys and values of all tokens of this layer; the function puts those of the running tokens in their place. This is
+# KV reuse: K^(i) <- where(m^i, K fresh, K^(i-1)). `at` says which tokens run: for dense a mask, for the others the
+# iteration and the tokens' indices; None instead of a mask or indices: all of them.
 
 def dense_attention(q, k, v, kv, at):
     """All tokens run; the mask at (B, T) keeps the K/V of halted ones. q, k, v: (B, T, nh, hs), kv: two of these."""
@@ -269,14 +270,22 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g, _):
-        return *(None if d is None else d.mul_(g.to(d.dtype)) for d in ctx.saved_tensors), None, None
+        return *(None if d is None else d * g.to(d.dtype) for d in ctx.saved_tensors), None, None
+
+
+class Record(NamedTuple):
+    """What happened after one iteration, for the N tokens that ran it."""
+    index: torch.Tensor             # (N,) int64, which tokens these are: flat indices into (B, T)
+    s: torch.Tensor                 # (N,) gate values, 1 without gates
+    go_on: Optional[torch.Tensor]   # (M,) int64, which of the N go on to the next iteration; None: all
+    h: torch.Tensor                 # (N, d) their states
 
 
 @dataclass
 class Output:
     hidden: torch.Tensor                        # (B, T, d) each token's last state, final LayerNorm included
     depth: torch.Tensor                         # (B, T) int64, iterations that ran, 1 .. n_iter
-    records: list                               # for each iteration but the last: (index, s, on, h), see iterate()
+    records: list                               # a Record for each iteration but the last
     model: nn.Module
     nll: Optional[torch.Tensor] = None          # (B, T) nats, detached; 0 where the target is negative
     ce_loss: Optional[torch.Tensor] = None      # () mean of nll over the targets that count
@@ -292,8 +301,8 @@ class Output:
     def gates(self):
         """(B, T, n_iter - 1) gate values; 0 where a token had halted before, 1 in a network without gates."""
         values = self.hidden.new_zeros(self.model.cfg.n_iter - 1, self.depth.numel())
-        for row, (index, s, on, h) in zip(values, self.records):
-            row[index] = s.detach().to(row.dtype)
+        for row, record in zip(values, self.records):
+            row[record.index] = record.s.detach().to(row.dtype)
         return values.t().unflatten(0, self.depth.shape)
 
 
@@ -355,8 +364,8 @@ class AdaPonderLM(nn.Module):
     def decide(self, i, h, row, pos, policy=None, tau=None, halting=True):
         """Gate i and the halting decision for N tokens. h: (N, d) -> s (N,) in (0, 1), on (N,) bool, True: goes on.
 
-        policy: fn(i, s, h, row, pos) -> on, instead of s >= tau; row, pos: (N,) int64, which tokens these are.
-        With objective 'saving' a gate only watches: h gets no gradient from it.
+        policy: fn(i, s, h, row, pos) -> on (N,), instead of s >= tau; row, pos: (N,) int64, which tokens these are.
+        With objective 'saving' a gate sends no gradient into the backbone.
         """
         if self.gates and halting:
             s = self.gates[i](h.detach() if self.cfg.objective == 'saving' else h)
@@ -418,9 +427,7 @@ class AdaPonderLM(nn.Module):
         """The method. Runs tokens idx (B, T) at positions start .. through the iterations and returns an Output.
 
         attend, kvs: the attention function, and for cached_attention a cache a layer. cache: see new_cache(), is
-        filled. Output.records holds for each iteration but the last: index (N,), the flat indices of the tokens that
-        ran it, s (N,) their gate values (1 without gates), on (M,) which of the N go on (None: all), h (N, d) their
-        states.
+        filled.
         """
         (B, T), K = idx.shape, max_iter or self.cfg.n_iter
         dense, remat = attend is dense_attention, self.remat and torch.is_grad_enabled()
@@ -438,9 +445,10 @@ class AdaPonderLM(nn.Module):
             if active is not None and not dense:
                 x = E.flatten(0, 1).index_select(0, active)  # (N, d)
                 positions = [t.index_select(0, active % T) for t in rope]
-            args = x, positions, attend, kvs, m if dense else (i, active)
+            at = m if dense else (i, active)
+            args = x, positions, attend, kvs, at
             h, new_kvs = checkpoint(self.backbone, *args, use_reentrant=False) if remat else self.backbone(*args)
-            if not fixed:
+            if not fixed:  # where no token halts, nothing reads older keys and values: let them go
                 kvs = new_kvs
             if cache is not None:
                 self.fill_cache(cache, i, new_kvs)
@@ -457,21 +465,21 @@ class AdaPonderLM(nn.Module):
             # gates: m^(i+1) = m^i * 1[s^i >= tau], so a token that halted stays halted
             index = everyone if active is None else active
             if fixed:
-                records.append((index, torch.ones_like(h[:, 0]), None, h))
+                records.append(Record(index, torch.ones_like(h[:, 0]), None, h))
                 E = E + self.ponder(h).view_as(E).to(E.dtype)
                 continue
             s, on = self.decide(i, h, index // T, index % T + start, policy, tau, halting)
-            on = on.nonzero()[:, 0]
-            records.append((index, s, on, h))
-            if len(on) == 0:
+            go_on = on.nonzero()[:, 0]
+            records.append(Record(index, s, go_on, h))
+            if len(go_on) == 0:
                 break
-            active = index.index_select(0, on)
+            active = index.index_select(0, go_on)
             m = torch.zeros_like(everyone, dtype=torch.bool).index_fill(0, active, True).view(B, T) if dense else None
 
             # E^(i+1) = E^i + m^(i+1) s^i e^i, computed for the tokens that go on
-            e = self.ponder(h.index_select(0, on))
+            e = self.ponder(h.index_select(0, go_on))
             if self.cfg.objective == 'paper':  # a gate that predicts what going on saves scales nothing
-                e = e * s.index_select(0, on)[:, None]
+                e = e * s.index_select(0, go_on)[:, None]
             E = E.flatten(0, 1).index_add(0, active, e.to(E.dtype)).view_as(E)
         return Output(hidden.view(B, T, -1), depth.view(B, T), records, self)
 
@@ -486,10 +494,12 @@ class AdaPonderLM(nn.Module):
         k, ponder_lambda: see paper_loss(), and the weight of the gates' loss. HaltingSchedule gives both, and a policy.
         Raises ValueError for a sequence that is too long and for an unknown execution.
         """
-        if not 1 <= idx.size(1) <= self.cfg.block_size:
-            raise ValueError(f'{idx.size(1)} tokens in a sequence: this model takes 1 to {self.cfg.block_size}')
+        if not idx.size(0) or not 1 <= idx.size(1) <= self.cfg.block_size:
+            raise ValueError(f'tokens of shape {tuple(idx.shape)}: this model takes (B, 1 .. {self.cfg.block_size})')
         if execution not in ('dense', 'packed'):
             raise ValueError(f"execution must be 'dense' or 'packed', not {execution!r}")
+        if targets is not None and targets.shape != idx.shape:
+            raise ValueError(f'targets of shape {tuple(targets.shape)} for tokens of shape {tuple(idx.shape)}')
         self.check_max_iter(max_iter)
         attend = dense_attention if execution == 'dense' else packed_attention
         out = self.iterate(idx, attend, policy=policy, tau=tau, max_iter=max_iter, halting=halting)
@@ -504,8 +514,9 @@ class AdaPonderLM(nn.Module):
                 out.ponder_loss = self.saving_loss(out, nll, targets)
             out.loss = out.ce_loss + ponder_lambda * out.ponder_loss
             if self.cfg.early_ce:
-                for index, s, on, h in out.records:
-                    out.loss = out.loss + self.cfg.early_ce * self.cross_entropy(h, targets[index])[0] / count
+                for record in out.records:
+                    early = self.cross_entropy(record.h, targets[record.index])[0] / count
+                    out.loss = out.loss + self.cfg.early_ce * early
         return out
 
     def cross_entropy(self, h, targets):
@@ -523,7 +534,8 @@ class AdaPonderLM(nn.Module):
         hidden, depth, values = out.hidden.flatten(0, 1), out.depth.flatten(), []
         for i, gate in enumerate(self.gates):
             values.append(gate(hidden[depth <= i]))  # a halted token's state is the one it halted with
-            values += [s for index, s, on, h in out.records[i:i + 1]]
+            if i < len(out.records):  # else all tokens halted before this gate
+                values.append(out.records[i].s)
         values = torch.cat(values)
         n = torch.as_tensor(k, device=values.device, dtype=values.dtype) * len(values)
         weight = (n - torch.arange(len(values), device=n.device)).clamp(0, 1)  # the n smallest, the last one in part
@@ -537,8 +549,8 @@ class AdaPonderLM(nn.Module):
         expectation, also where single savings are negative. They are cut at 1 nat, lest a few surprises drown the rest.
         """
         depth, loss = out.depth.flatten(), torch.zeros_like(out.ce_loss)
-        for i, (index, s, on, h) in enumerate(out.records):
-            index, s, h = (x.index_select(0, on) for x in (index, s, h))
+        for i, record in enumerate(out.records):
+            index, s, h = (x.index_select(0, record.go_on) for x in (record.index, record.s, record.h))
             with torch.no_grad():
                 early = self.cross_entropy(h, targets[index])[1] if len(index) else nll[:0]
             saved = ((early - nll[index]) / (depth[index] - (i + 1))).clamp(-1, 1)
@@ -662,7 +674,7 @@ class AdaPonderLM(nn.Module):
         wrong = [n for n in info['unexpected_keys'] if 'adapter.weight' not in n]  # PonderLM has one, unused
         wrong += [*info['missing_keys'], *info['mismatched_keys']]
         wrong += [n for n, t in state.items() if n not in expected or t.shape != expected[n].shape]
-        wrong += [n for n in expected if n not in state and n.rsplit('.', 2)[0] in modules]  # half a gate
+        wrong += [n for n in expected if n not in state and n.rsplit('.', 2)[0] in modules]  # a gate is whole or absent
         if wrong:
             raise ValueError(f'{path} does not fit this model: see its tensors {", ".join(map(str, wrong[:3]))}')
         model.load_state_dict(state, strict=False, assign=True)
@@ -696,8 +708,9 @@ class AdaPonderLM(nn.Module):
                 save_file(own, f'{beside}/gates.safetensors')
             for file in self.tokenizer_files:
                 shutil.copyfile(file, f'{beside}/{file.name}')
-            for old in [*path.glob('*.safetensors*'), *path.glob('pytorch_model*')]:
-                old.unlink()  # an earlier save's would be read in place of these
+            for pattern in ('model*.safetensors*', 'gates.safetensors', 'pytorch_model*'):
+                for old in path.glob(pattern):  # an earlier save's would be read in place of these
+                    old.unlink()
             for file in Path(beside).iterdir():
                 os.replace(file, path / file.name)
 
@@ -784,7 +797,7 @@ def sample(logits, u, temperature=1.0, top_k=None, top_p=None):
     top_k keeps the k likeliest tokens, top_p (nucleus) the likeliest that together reach p; temperature 0 takes the
     likeliest. Raises ValueError where logits are not finite.
     """
-    if not torch.isfinite(logits.float().sum()):  # a NaN or infinity anywhere makes the sum one; ten times faster than each
+    if not torch.isfinite(logits.float().sum()):  # one NaN or infinity makes the sum one
         raise ValueError('the logits are not finite: the model diverged in training, or its weights are damaged')
     if temperature == 0:
         return logits.argmax(-1)
@@ -808,7 +821,7 @@ def sample(logits, u, temperature=1.0, top_k=None, top_p=None):
 def hash_uniform(row, pos, salt=0):
     """A number in [0, 1) for each token that looks random and depends on (row, pos, salt) alone. row, pos: int64."""
     x = (row * 0x9E3779B1 + pos * 0x85EBCA77 + (salt + 1) * 0xC2B2AE3D % 2 ** 32) & 0xFFFFFFFF
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):  # a 32-bit hash that mixes well
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):  # the integer hash lowbias32
         x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
     return ((x ^ (x >> 16)) >> 8).float() / 2 ** 24
 
@@ -853,7 +866,8 @@ class HaltingSchedule:
             return torch.zeros_like(row, dtype=torch.bool)
         fade = min(1.0, (self.max_steps - step) / max(1, self.max_steps - self.full))
         share = 1 - (1 - self.explore * fade) * self.ramp(step)
-        return hash_uniform(row, pos, salt=hash((self.seed, step, micro))) < share
+        salt = hash((self.seed, step, micro))  # of integers: the same in all processes
+        return hash_uniform(row, pos, salt) < share
 
     def at(self, step, micro=0):
         """Keyword arguments for the model's forward at this step."""

@@ -2057,7 +2057,7 @@ def test_config_refuses_nonsense(kw, words):
 
 
 @pytest.mark.parametrize('call, words', [
-    (lambda m, x: m(x), '1 to 32'), (lambda m, x: m(x[:, :0]), '0 tokens'),
+    (lambda m, x: m(x), '32'), (lambda m, x: m(x[:, :0]), '0'), (lambda m, x: m(x[:, :4], x[:, :3]), 'targets'),
     (lambda m, x: m(x[:, :4], execution='fast'), 'execution'), (lambda m, x: m(x[:, :4], max_iter=5), 'max_iter'),
     (lambda m, x: m.generate(x, 3, max_iter=0), 'max_iter'), (lambda m, x: m.generate(x[:, :0], 3), 'one token'),
     (lambda m, x: m.generate(x + 61, 3), 'from 0 to 60'), (lambda m, x: m.generate(x - 1, 3), 'from 0 to 60'),

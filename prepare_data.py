@@ -32,11 +32,12 @@ import io
 import json
 import os
 import re
-import shutil
 import sys
 import sysconfig
+import tempfile
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,7 @@ SHAKESPEARE = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/t
 LEFT_OUT = ('__pycache__', 'site-packages', 'dist-packages')  # folders that are not searched
 LONGEST = 2**21  # characters of a document: a longer text counts as several, so that memory stays bounded
 BATCH = 2**22    # characters that are encoded together, in threads
+UNFINISHED = 'prepare_data.unfinished'  # folder in the output folder
 SAVE_EVERY = 10  # seconds of work that an interruption may cost
 
 
@@ -99,10 +101,8 @@ def check_writable(path):
     path = Path(os.path.expanduser(path))
     if os.path.exists(path) and not path.is_file():
         raise UsageError(f'{path} is a folder or a device: give the name of a file')
-    trial = path.with_name(f'{path.name}.test')
     try:
-        write_beside(trial, b'')
-        trial.unlink()
+        tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name).close()  # under a name that no file has
     except OSError as e:
         raise UsageError(f'{path} cannot be written ({e.strerror}): give a file in a folder that is there and writable')
 
@@ -451,7 +451,7 @@ def prepare(sources=('stdlib',), out='data/stdlib', tokenizer='bytes', val_fract
     """Write train.bin, val.bin and meta.json into the folder `out`; return the contents of meta.json.
 
     sources: names and paths as on the command line. workers: threads, default all cores. Raises ValueError or OSError
-    on bad input; work of more than some seconds stays in out/unfinished, and the same call continues it.
+    on bad input; work of more than some seconds stays in out/prepare_data.unfinished, and the same call continues it.
     """
     if not 0 < val_fraction < 1:
         raise UsageError(f'--val_fraction must lie between 0 and 1, not {val_fraction}')
@@ -467,7 +467,7 @@ def prepare(sources=('stdlib',), out='data/stdlib', tokenizer='bytes', val_fract
             'dtype': 'uint16' if enc.n_vocab <= 2**16 else 'uint32', 'source': [str(source) for source in sources],
             'val_fraction': val_fraction}
 
-    work = out / 'unfinished'  # everything is made here, and moved when it is whole
+    work, is_new = out / UNFINISHED, not out.exists()  # everything is made here, and moved when it is whole
     work.mkdir(parents=True, exist_ok=True)
     held = lock(work)
     try:
@@ -475,9 +475,10 @@ def prepare(sources=('stdlib',), out='data/stdlib', tokenizer='bytes', val_fract
         publish(work, out, meta, file if is_file else None)
     except BaseException:
         if not (work / 'progress.json').is_file():  # nothing is saved that the same command could continue
-            shutil.rmtree(work)
-            if not any(out.iterdir()):
-                out.rmdir()
+            remove_work(work)
+            with suppress(OSError):  # other files are there
+                if is_new:
+                    out.rmdir()
         raise
     finally:
         held.close()
@@ -541,7 +542,16 @@ def publish(work, out, meta, tokenizer_file):
     (out / 'meta.json').unlink(missing_ok=True)
     for name in [*names, 'meta.json']:
         os.replace(work / name, out / name)
-    shutil.rmtree(work)
+    remove_work(work)
+
+
+def remove_work(work):
+    """Delete the folder of an unfinished preparation: the files that are made there, and nothing else."""
+    names = ['lock', 'meta.json', 'progress.json', 'tokenizer.json', 'tokenizer.tiktoken']
+    for path in [*(work / name for name in names), *work.glob('*.bin'), *work.glob('progress.json.*.tmp')]:
+        path.unlink(missing_ok=True)
+    with suppress(OSError):  # something else lies there
+        work.rmdir()
 
 
 def default_out(source):

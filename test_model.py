@@ -1095,8 +1095,10 @@ def test_command_line(tmp_path, body, code, err):
 
 
 def test_files_appear_whole_and_only_where_they_can(tmp_path, monkeypatch):
+    (tmp_path / 'x.test').write_text('of the user')
     prepare_data.check_writable(tmp_path / 'x')
-    assert not any(tmp_path.iterdir())
+    assert [p.read_text() for p in tmp_path.iterdir()] == ['of the user']
+    (tmp_path / 'x.test').unlink()
     prepare_data.write_beside(tmp_path / 'x', b'old')
     for path, words in ((tmp_path, 'folder'), (tmp_path / 'no' / 'x', 'cannot be written'), ('/dev/null', 'device'),
                         (tmp_path / ('x' * 300), 'cannot be written'), (tmp_path / 'x' / 'y', 'cannot be written')):
@@ -1111,8 +1113,9 @@ def test_one_process_a_folder(tmp_path, monkeypatch, capsys):
     """A second preparation of the same folder is refused while the first runs, and leaves its files alone."""
     fcntl, out = pytest.importorskip('fcntl'), tmp_path / 'out'
     sources = [write_files(tmp_path / 'in', {'a.txt': 'some words ' * 50})]
-    (out / 'unfinished').mkdir(parents=True)
-    with prepare_data.lock(out / 'unfinished'):
+    work = out / prepare_data.UNFINISHED
+    work.mkdir(parents=True)
+    with prepare_data.lock(work):
         refuses(lambda: prepare_data.prepare(sources, out), 'another process')
     prepare_data.prepare(sources, out)
     assert sorted(p.name for p in out.iterdir()) == ['meta.json', 'train.bin', 'val.bin']
@@ -1362,9 +1365,10 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, name, data, kw, 
     # data that was there stays as it was
     write_files(tmp_path, {'good.txt': 'some good text'})
     prepare_data.prepare([tmp_path / 'good.txt'], out)
-    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    write_files(out / 'unfinished', {'novel.txt': 'a work of the user'})
+    before = {p: p.read_bytes() for p in out.rglob('*') if p.is_file()}
     refuses(lambda: prepare_data.prepare(sources, out, **kw), words)
-    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert {p: p.read_bytes() for p in out.rglob('*') if p.is_file()} == before
 
 
 @pytest.mark.parametrize('packing', ['.gz', '.zst'])

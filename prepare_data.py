@@ -66,6 +66,9 @@ def command_line(main):
     ValueError and OSError become one sentence on stderr and exit code 2, Ctrl-C becomes exit code 130. Any other
     exception is a bug and keeps its traceback.
     """
+    for name, mode in (('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w')):
+        if getattr(sys, name) is None:  # closed, as in "python train.py >&-"
+            setattr(sys, name, open(os.devnull, mode))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding='utf-8', errors='backslashreplace')  # whatever the locale is
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the imports ran with SIG_DFL
@@ -76,12 +79,17 @@ def command_line(main):
         print('interrupted', file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # as in "sample.py | head": the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_stdout()
         sys.exit(1)
     except (ValueError, OSError) as e:
         sentence = ' '.join(str(e).split()) or type(e).__name__
         print(f'{Path(sys.argv[0]).name}: {sentence}', file=sys.stderr)
         sys.exit(2)
+
+
+def drop_stdout():
+    """From here on what is printed goes nowhere, what is buffered included: the reader of stdout is gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def write_beside(path, data):
@@ -272,7 +280,7 @@ def find_inputs(sources, out):
     """Return (path or 'hf:NAME', whether the user named this very file, bytes, time of change), in a fixed order."""
     inputs = {}
     for source in map(str, sources):
-        if source.startswith('hf:'):
+        if source.startswith('hf:') and len(source) > 3:
             inputs[source] = (source, True, 0, 0)
             continue
         if source == 'shakespeare':
@@ -455,6 +463,8 @@ def prepare(sources=('stdlib',), out='data/stdlib', tokenizer='bytes', val_fract
     """
     if not 0 < val_fraction < 1:
         raise UsageError(f'--val_fraction must lie between 0 and 1, not {val_fraction}')
+    if workers is not None and workers < 1:
+        raise UsageError(f'--workers must be at least 1, not {workers}')
     out = Path(os.path.expanduser(out))
     inputs = find_inputs(sources, out)
     if workers:

@@ -1092,6 +1092,9 @@ def test_command_line(tmp_path, body, code, err):
     done = subprocess.run([sys.executable, 'x.py'], cwd=tmp_path, env=env, capture_output=True)
     assert done.returncode == code and done.stderr.decode().endswith(err)
     assert ('Traceback' in done.stderr.decode()) == (code == 1)
+    for closed in ('<&-', '>&-', '2>&-'):
+        done = subprocess.run(f'"{sys.executable}" x.py {closed}', shell=True, cwd=tmp_path, env=env, capture_output=True)
+        assert done.returncode == code and done.stderr.decode().endswith('' if closed == '2>&-' else err)
 
 
 def test_files_appear_whole_and_only_where_they_can(tmp_path, monkeypatch):
@@ -1354,6 +1357,7 @@ def archive(form):
       for line in (b'{"txt": "a"}\n', b'\xff\n', b'["text"]\n', b'{"text": 5}', b'[' * 100_000)],
     ('x.jsonl', b'\n{"text": ""}\n', {}, 'too little text'),
     *[('x', b'text', dict(val_fraction=v), '--val_fraction must lie') for v in (0, 1.0, -1, float('nan'))],
+    *[('x', b'text', dict(workers=n), '--workers must be at least 1') for n in (0, -3)],
     ('none*', None, {}, 'give files, folders, globs'),
     ('x', b'text', dict(tokenizer='gpt-2'), "unknown tokenizer 'gpt-2': give bytes, one of gpt2"),
     ('x', b'text', dict(tokenizer='none.json'), 'no tokenizer file none.json')])
@@ -1771,6 +1775,14 @@ print('codes', codes)
         for a, b in zip(read_log(tmp_path / two), read_log(one), strict=True):
             keys = {'step', 'tokens', 'loss', 'gate_loss', 'depth', 'halted', 'grad_norm', 'val_loss', 'val_depth'}
             assert a.keys() == b.keys() and all(np.allclose(a[k], b[k], rtol=1e-5) for k in keys & b.keys())
+
+
+def test_a_reader_that_leaves_does_not_end_the_run(trained, tmp_path):
+    command = [sys.executable, HERE / 'train.py', *arguments(trained / 'data', tmp_path, max_steps=3, ponder_start=0)]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=subprocess_env())
+    run.stdout.close()
+    assert (run.stderr.read(), run.wait()) == (b'', 0) and load_checkpoint(tmp_path / 'ckpt.pt')['step'] == 3
+    run.stderr.close()
 
 
 def test_ten_bad_steps_give_up_with_the_last_good_checkpoint(trained, tmp_path, capsys):

@@ -39,8 +39,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import model as model_py
 from model import AdaPonderConfig, AdaPonderLM, HaltingSchedule, load_checkpoint
-from prepare_data import (UsageError, check_writable, command_line, file_sha256, load_tokenizer, lock, optional,
-                          prepare, write_beside)
+from prepare_data import (UsageError, check_writable, command_line, drop_stdout, file_sha256, load_tokenizer, lock,
+                          optional, prepare, write_beside)
 
 Duration = int | str  # a number of steps, or '1000 steps', '1.2B tokens', '40%' (of max_steps)
 
@@ -472,13 +472,21 @@ def trim_log(path, step):
 # -----------------------------------------------------------------------------
 # Training
 
+def print_line(text):
+    """Print at once. Where that fails, as in "python train.py ... | head", the training goes on without its lines."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        drop_stdout()
+
+
 def train(cfg):
     """The whole training. Returns the exit code: 0, 1 if it gave up or could not save, 128 + a signal that came."""
     # processes, as torchrun describes them, and the device
     world, local_world = (int(os.environ.get(name, 1)) for name in ('WORLD_SIZE', 'LOCAL_WORLD_SIZE'))
     rank, local_rank = (int(os.environ.get(name, 0)) for name in ('RANK', 'LOCAL_RANK'))
     master = rank == 0
-    print0 = partial(print, flush=True) if master else lambda text: None
+    print0 = print_line if master else lambda text: None
     device = get_device(cfg.device)
     autocast, dtype = get_autocast(device, cfg.dtype)
     if cfg.gradient_accumulation_steps % world:

@@ -1869,11 +1869,21 @@ def test_train_refuses_bad_data(trained, tmp_path):
     cases = [('train_1.bin', bytes(2000), {}, 'has not the 1500 tokens'),
              ('train_1.bin', bytes(3000), dict(verify_data=True), 'train_1.bin was changed: its sha256'),
              ('train_0.bin', np.full(2000, 400, 'uint16').tobytes(), {}, 'holds token 400, beyond vocab_size 320'),
-             ('meta.json', b'{}', {}, 'meta.json was not written by prepare_data.py'),
-             ('meta.json', json.dumps(meta).encode(), {}, "KeyError: 'sha256'")]
+             *[('meta.json', text, {}, 'meta.json is damaged') for text in (b'{}', b'[1]', b'{"', b'[' * 100_000)],
+             ('meta.json', json.dumps(meta).encode(), {}, 'sha256 must be of type str')]
+    good = train.load_meta(trained / 'data')
+    for changes in (dict(vocab_size='257'), dict(dtype='float32'), dict(train=[]), dict(val=dict(files={}))):
+        cases.append(('meta.json', json.dumps({**good, **changes}).encode(), {}, 'meta.json is damaged'))
+    for changes in (dict(name=7), dict(tokens=900.0), dict(sha256=None)):
+        val = dict(files=[{**good['val']['files'][0], **changes}])
+        cases.append(('meta.json', json.dumps({**good, 'val': val}).encode(), {}, 'meta.json is damaged'))
     for i, (name, content, kw, words) in enumerate(cases):
         (write_data(tmp_path / f'data{i}') / name).write_bytes(content)
         refused(words, tmp_path / f'data{i}', tmp_path / f'out{i}', **{'verify_data': False, **kw})
+    (write_data(tmp_path / 'short') / 'val_0.bin').unlink()
+    refused('val_0.bin is not there', tmp_path / 'short', tmp_path / 'out', verify_data=True)
+    with pytest.raises(train.UsageError, match='no data in'):
+        train.load_meta(tmp_path / 'none')
     held = train.lock(trained / 'out')
     refused('is writing to', trained / 'data', trained / 'out')
     held.close()
@@ -1896,12 +1906,29 @@ def test_a_config_changed_on_resume_acts_or_is_refused(trained, tmp_path, capsys
     assert [(g['weight_decay'], g['betas']) for g in groups] == [(0.5, (0.9, 0.5)), (0, (0.9, 0.5))]
     assert {int(s['step']) for s in state['optimizer']['state'].values()} == {22 - 5, 22 - 6} and state['step'] == 22
     for broken, words in [({**state, 'config': {**state['config'], 'pool': 'all'}}, 'another version of this project'),
-                          ({k: v for k, v in state.items() if k != 'optimizer'}, 'lacks optimizer')]:
+                          ({k: v for k, v in state.items() if k != 'optimizer'}, 'optimizer must be of type dict')]:
         torch.save(broken, out / 'ckpt.pt')
         refused(words, trained / 'data', out)
     (out / 'ckpt.pt').write_bytes(b'junk')
     refused('not a readable checkpoint', trained / 'data', out)
     assert run_train(trained / 'data', out, resume=False, max_steps=1) == 0 and len(read_log(out)) == 1
+
+
+@pytest.mark.parametrize('change', [
+    dict(optimizer=[1]), dict(optimizer=dict(state={}, param_groups=[])), dict(optimizer=dict(state=[])),
+    dict(train_config=[1]), dict(step='3'), dict(ponder_start=None), dict(meta=None), dict(meta=[1]),
+    *[dict(moment=m) for m in (None, [1], {}, dict(exp_avg=torch.zeros(2)), dict(step=torch.zeros(7)))]])
+def test_a_damaged_checkpoint_is_refused(trained, tmp_path, change):
+    state = load_checkpoint(trained / 'out/ckpt.pt')
+    if 'moment' in change:
+        moments, moment = state['optimizer']['state'], change.pop('moment')
+        moments[0] = {**moments[0], **moment} if moment and isinstance(moment, dict) else moment
+        if moment is None:
+            del moments[0]
+    torch.save({**state, **change}, tmp_path / 'ckpt.pt')
+    refused('ckpt.pt is damaged or of another version', trained / 'data', tmp_path, max_steps=21)
+    if change == dict(meta=[1]):
+        refused('is damaged', trained / 'data', tmp_path / 'new', init_from=tmp_path)
 
 
 def test_grad_clip_0_is_no_clipping(trained, tmp_path):
@@ -2470,7 +2497,7 @@ def test_curves(tmp_path, capsys):
 @pytest.mark.parametrize('command, word', [
     ('ppl --ckpt none.pt', 'no checkpoint at'), ('ppl --ckpt a.pt --data .', 'meta.json'),
     ('ppl --ckpt a.pt --others a.pt', 'NAME=CKPT'), ('ppl --ckpt a.pt --others fixed=o.pt', 'cannot be compared'),
-    ('ppl --ckpt a.pt --data bad', 'not written by'), ('ppl --ckpt a.pt --data other', 'another tokenizer'),
+    ('ppl --ckpt a.pt --data bad', 'is damaged'), ('ppl --ckpt a.pt --data other', 'another tokenizer'),
     ('ppl --ckpt a.pt --eval_tokens -5', 'must be'), ('ppl --ckpt a.pt --save nan', 'must be'),
     ('ppl --ckpt a.pt --json .', 'folder'), ('ppl --ckpt a.pt --json no/x.json', 'cannot'),
     ('results junk.json', 'junk.json'), ('results half.json', 'half.json'), ('flops', 'required'),

@@ -259,16 +259,30 @@ def get_autocast(device, dtype='auto'):
 # Data
 
 def load_meta(folder):
-    """The meta.json that prepare_data.py wrote, a dict; UsageError where a key is missing that training needs."""
+    """The meta.json that prepare_data.py wrote, a dict; UsageError if there is none, or not with all that is needed."""
     path = Path(folder) / 'meta.json'
+    if not path.is_file():
+        raise UsageError(f'no data in {folder} (no meta.json): run "python prepare_data.py PATH ... --out {folder}"')
     try:
         meta = json.loads(path.read_text(encoding='utf-8'))
-        np.dtype(meta['dtype']), meta['vocab_size'] + 0, meta['tokenizer'], meta['tokenizer_sha256']
-        for file in meta['train']['files'] + meta['val']['files']:
-            file['name'], file['tokens'] + 0, file['sha256']
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
-        raise UsageError(f'{path} was not written by prepare_data.py ({type(e).__name__}: {e})')
+    except (ValueError, RecursionError):
+        raise UsageError(f'{path} is damaged: run prepare_data.py again')
+    check_types(path, meta, dtype=str, vocab_size=int, tokenizer=str, tokenizer_sha256=str, train=dict, val=dict)
+    for split in (meta['train'], meta['val']):
+        check_types(path, split, files=list)
+        for file in split['files']:
+            check_types(path, file, name=str, tokens=int, sha256=str)
+    if meta['dtype'] not in ('uint16', 'uint32'):
+        raise UsageError(f'{path} is damaged or of another version (dtype is {meta["dtype"]})')
     return meta
+
+
+def check_types(path, values, **types):
+    """Raise UsageError unless `values`, which were read from path, are a dict with these keys, of these types."""
+    for key, kind in types.items():
+        if not isinstance(values, dict) or type(values.get(key)) is not kind:
+            raise UsageError(f'{path} is damaged or of another version ({key} must be of type {kind.__name__}): '
+                             'make it again or give another')
 
 
 class Windows:
@@ -339,9 +353,11 @@ def initial_model(cfg, meta):
     given = {k: v for k, v in settings.items() if k in cfg.given and k != 'block_size'}
     shape = {k: given.pop(k, 0) for k in ('vocab_size', 'n_layer', 'n_head', 'n_embd')}
     path = os.path.expanduser(cfg.init_from)
+    if os.path.isfile(os.path.join(path, 'ckpt.pt')):  # the folder of a run
+        path = os.path.join(path, 'ckpt.pt')
     if path.endswith('.pt'):
         state = load_checkpoint(path)
-        trained, tokenizer = AdaPonderLM.from_state(state, path), state.get('meta', {})
+        trained, tokenizer = AdaPonderLM.from_state(state, path), state.get('meta') or {}
         model = AdaPonderLM(replace(trained.cfg, **given))
         if trained.gates and model.gates and trained.cfg.gate_hidden != model.cfg.gate_hidden:
             raise UsageError(f'gate_width is {cfg.gate_width}, but {trained.cfg.gate_width} in {path}: leave it out')
@@ -353,6 +369,7 @@ def initial_model(cfg, meta):
                 tokenizer = dict(tokenizer=file, tokenizer_sha256=file_sha256(file)) | tokenizer
             elif file.name == 'meta.json':  # save_pretrained() wrote it
                 tokenizer = json.loads(file.read_text(encoding='utf-8'))
+    check_types(path, dict(meta=tokenizer), meta=dict)
     for k, value in shape.items():
         if value and value != getattr(model.cfg, k):
             raise UsageError(f'{k} is {value}, but {getattr(model.cfg, k)} in {path}: leave it out')
@@ -440,8 +457,8 @@ def closing_sample(model, cfg, val, meta, data_dir):
 
 def check_resume(path, state, cfg, meta, start):
     """The lines to print on changes that may be made on a resume; UsageError for those that may not."""
-    if lacks := {'train_config', 'meta', 'optimizer', 'step', 'ponder_start'} - state.keys():
-        raise UsageError(f'{path} lacks {", ".join(sorted(lacks))}: give another --out_dir, or --resume=False')
+    check_types(path, state, train_config=dict, meta=dict, optimizer=dict, step=int, ponder_start=int)
+    check_types(path, state['optimizer'], state=dict)
     before, now = state['train_config'], asdict(cfg)
     changed = [k for k in now if str(before.get(k)) != str(now[k]) and k not in ('resume', 'device', 'out_dir')]
     lasting = {f.name for f in fields(AdaPonderConfig)} | {'seed', 'batch_size', 'gradient_accumulation_steps'}
@@ -455,6 +472,25 @@ def check_resume(path, state, cfg, meta, start):
                          'give them back, or another --out_dir, or --resume=False')
     return [*(f'changed since the checkpoint: {k} = {before.get(k)} -> {now[k]}' for k in changed),
             f'going on from {path} at step {state["step"]}']
+
+
+def check_moments(path, model, state):
+    """Raise UsageError unless the checkpoint has AdamW's moments of this model: other shapes would crash torch.
+
+    The gates, or the backbone, may have none at all: until they learn for the first time.
+    """
+    moments, has_moments = state['optimizer']['state'], dict(gates=set(), backbone=set())
+    parameters = sorted(model.named_parameters(), key=lambda item: item[1].dim() <= 1)  # as in make_optimizer()
+    fits = True
+    for i, (name, p) in enumerate(parameters):
+        has_moments['gates' if name.startswith('gates.') else 'backbone'].add(i in moments)
+        if i in moments:
+            check_types(path, moments[i], exp_avg=torch.Tensor, exp_avg_sq=torch.Tensor, step=torch.Tensor)
+            shapes = [moments[i][key].shape for key in ('exp_avg', 'exp_avg_sq', 'step')]
+            fits = fits and shapes == [p.shape, p.shape, ()]
+    if not fits or {True, False} in has_moments.values() or (state['step'] and not moments):
+        raise UsageError(f"{path} is damaged or of another version (the optimizer's moments are not the model's): "
+                         'give another --out_dir, or --resume=False')
 
 
 def trim_log(path, step):
@@ -505,7 +541,7 @@ def train(cfg):
     if os.path.realpath(data_dir) == os.path.realpath(out_dir):
         raise UsageError(f'out_dir and data_dir are both {out_dir}: give the run a folder of its own')
     if not has_data and (cfg.init_from != 'scratch' or cfg.data_dir != TrainConfig.data_dir):
-        raise UsageError(f'no data in {data_dir}: run "python prepare_data.py PATH ... --out {data_dir}"')
+        load_meta(data_dir)  # raises
     if master:
         with suppress(OSError):
             out_dir.mkdir(parents=True, exist_ok=True)
@@ -526,10 +562,6 @@ def train(cfg):
             if any(other[name] != ranks[0][name] for other in ranks):
                 raise UsageError(f'not all processes have the same {name}: all nodes need the same files')
     meta = load_meta(data_dir)
-    if cfg.verify_data:  # the processes of a node share the files out
-        for file in (meta['train']['files'] + meta['val']['files'])[local_rank::local_world]:
-            if file_sha256(data_dir / file['name']) != file['sha256']:
-                raise UsageError(f'{data_dir / file["name"]} was changed: its sha256 is not the one in meta.json')
 
     # model
     torch.manual_seed(cfg.seed)
@@ -537,6 +569,7 @@ def train(cfg):
         state = load_checkpoint(ckpt_path)
         changes = check_resume(ckpt_path, state, cfg, meta, ponder_start)
         model = AdaPonderLM.from_state(state, ckpt_path)
+        check_moments(ckpt_path, model, state)
     else:
         state, changes, model = {}, [], initial_model(cfg, meta)
     if cfg.block_size > model.cfg.block_size or meta['vocab_size'] > model.cfg.vocab_size:
@@ -544,6 +577,10 @@ def train(cfg):
                          f'block_size is {cfg.block_size}, the data has {meta["vocab_size"]} token ids')
     train_data = Windows(data_dir, meta, 'train', cfg.block_size, model.cfg.vocab_size, cfg.seed)
     val_data = Windows(data_dir, meta, 'val', cfg.block_size, model.cfg.vocab_size)
+    if cfg.verify_data:  # the processes of a node share the files out
+        for file in (meta['train']['files'] + meta['val']['files'])[local_rank::local_world]:
+            if file_sha256(data_dir / file['name']) != file['sha256']:
+                raise UsageError(f'{data_dir / file["name"]} was changed: its sha256 is not the one in meta.json')
     model.to(device).remat = cfg.remat
     schedule = HaltingSchedule(model.cfg, max_steps, ponder_start, ponder_full, cfg.k_max, cfg.ponder_lambda,
                                cfg.explore, freeze, cfg.seed)

@@ -479,7 +479,7 @@ def prepare(sources=('stdlib',), out='data/stdlib', tokenizer='bytes', val_fract
 
     work, is_new = out / UNFINISHED, not out.exists()  # everything is made here, and moved when it is whole
     work.mkdir(parents=True, exist_ok=True)
-    held = lock(work)
+    lock_file = lock(work)
     try:
         meta |= write_tokens(inputs, work, enc, meta, workers)
         publish(work, out, meta, file if is_file else None)
@@ -491,7 +491,7 @@ def prepare(sources=('stdlib',), out='data/stdlib', tokenizer='bytes', val_fract
                     out.rmdir()
         raise
     finally:
-        held.close()
+        lock_file.close()
     counts = [f'{name} {meta[name]["tokens"]:,} tokens in {meta[name]["documents"]:,} documents' for name in SPLITS]
     print(f'{out}: ' + ', '.join(counts))
     return meta

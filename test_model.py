@@ -1093,7 +1093,8 @@ def test_command_line(tmp_path, body, code, err):
     assert done.returncode == code and done.stderr.decode().endswith(err)
     assert ('Traceback' in done.stderr.decode()) == (code == 1)
     for closed in ('<&-', '>&-', '2>&-'):
-        done = subprocess.run(f'"{sys.executable}" x.py {closed}', shell=True, cwd=tmp_path, env=env, capture_output=True)
+        command = f'"{sys.executable}" x.py {closed}'
+        done = subprocess.run(command, shell=True, cwd=tmp_path, env=env, capture_output=True)
         assert done.returncode == code and done.stderr.decode().endswith('' if closed == '2>&-' else err)
 
 
@@ -1823,7 +1824,8 @@ def test_disk_full_costs_one_checkpoint(trained, tmp_path, capsys):
     (dict(learning_rate='fast'), 'learning_rate must be float'), (dict(max_steps='40%'), 'max_steps must'),
     (dict(ponder_start='soon'), "not 'soon'"), (dict(warmup=-4), "not '-4'"), (dict(dtype='float16'), 'dtype must be'),
     (dict(execution='auto'), 'execution'), (dict(batch_size=0), 'from 1'), (dict(k_max=1.5), 'from 0 to 1'),
-    (dict(execution='foo'), 'execution must'), (dict(beta1=1), 'beta1'), (dict(explore=math.nan), 'explore'), (dict(seed=2 ** 40), 'seed'), (dict(n_embd=10 ** 12), 'n_embd'),
+    (dict(execution='foo'), 'execution must'), (dict(beta1=1), 'beta1'), (dict(explore=math.nan), 'explore'),
+    (dict(seed=2 ** 40), 'seed'), (dict(n_embd=10 ** 12), 'n_embd'),
     (dict(eval_tokens=-5), 'eval_tokens'), (dict(gate_bias=math.inf), 'gate_bias'), (dict(n_embd=17), 'divisible'),
     (dict(ponder_full=5), 'ponder_full (step 5) lies before step 6'), (dict(vocab_size=200), '257 token ids'),
     (dict(objective='saving', freeze_backbone=9), 'before step 15'), (dict(block_size=600), 'val split of'),

@@ -32,11 +32,12 @@ import io
 import json
 import os
 import re
-import shutil
 import sys
 import sysconfig
+import tempfile
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,7 @@ SHAKESPEARE = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/t
 LEFT_OUT = ('__pycache__', 'site-packages', 'dist-packages')  # folders that are not searched
 LONGEST = 2**21  # characters of a document: a longer text counts as several, so that memory stays bounded
 BATCH = 2**22    # characters that are encoded together, in threads
+UNFINISHED = 'prepare_data.unfinished'  # folder in the output folder
 SAVE_EVERY = 10  # seconds of work that an interruption may cost
 
 
@@ -64,6 +66,9 @@ def command_line(main):
     ValueError and OSError become one sentence on stderr and exit code 2, Ctrl-C becomes exit code 130. Any other
     exception is a bug and keeps its traceback.
     """
+    for name, mode in (('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w')):
+        if getattr(sys, name) is None:  # closed, as in "python train.py >&-"
+            setattr(sys, name, open(os.devnull, mode))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding='utf-8', errors='backslashreplace')  # whatever the locale is
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the imports ran with SIG_DFL
@@ -74,12 +79,17 @@ def command_line(main):
         print('interrupted', file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # as in "sample.py | head": the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_stdout()
         sys.exit(1)
     except (ValueError, OSError) as e:
         sentence = ' '.join(str(e).split()) or type(e).__name__
         print(f'{Path(sys.argv[0]).name}: {sentence}', file=sys.stderr)
         sys.exit(2)
+
+
+def drop_stdout():
+    """From here on what is printed goes nowhere, what is buffered included: the reader of stdout is gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def write_beside(path, data):
@@ -99,10 +109,8 @@ def check_writable(path):
     path = Path(os.path.expanduser(path))
     if os.path.exists(path) and not path.is_file():
         raise UsageError(f'{path} is a folder or a device: give the name of a file')
-    trial = path.with_name(f'{path.name}.test')
     try:
-        write_beside(trial, b'')
-        trial.unlink()
+        tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name).close()  # under a name that no file has
     except OSError as e:
         raise UsageError(f'{path} cannot be written ({e.strerror}): give a file in a folder that is there and writable')
 
@@ -272,7 +280,7 @@ def find_inputs(sources, out):
     """Return (path or 'hf:NAME', whether the user named this very file, bytes, time of change), in a fixed order."""
     inputs = {}
     for source in map(str, sources):
-        if source.startswith('hf:'):
+        if source.startswith('hf:') and len(source) > 3:
             inputs[source] = (source, True, 0, 0)
             continue
         if source == 'shakespeare':
@@ -451,10 +459,12 @@ def prepare(sources=('stdlib',), out='data/stdlib', tokenizer='bytes', val_fract
     """Write train.bin, val.bin and meta.json into the folder `out`; return the contents of meta.json.
 
     sources: names and paths as on the command line. workers: threads, default all cores. Raises ValueError or OSError
-    on bad input; work of more than some seconds stays in out/unfinished, and the same call continues it.
+    on bad input; work of more than some seconds stays in out/prepare_data.unfinished, and the same call continues it.
     """
     if not 0 < val_fraction < 1:
         raise UsageError(f'--val_fraction must lie between 0 and 1, not {val_fraction}')
+    if workers is not None and workers < 1:
+        raise UsageError(f'--workers must be at least 1, not {workers}')
     out = Path(os.path.expanduser(out))
     inputs = find_inputs(sources, out)
     if workers:
@@ -467,20 +477,21 @@ def prepare(sources=('stdlib',), out='data/stdlib', tokenizer='bytes', val_fract
             'dtype': 'uint16' if enc.n_vocab <= 2**16 else 'uint32', 'source': [str(source) for source in sources],
             'val_fraction': val_fraction}
 
-    work = out / 'unfinished'  # everything is made here, and moved when it is whole
+    work, is_new = out / UNFINISHED, not out.exists()  # everything is made here, and moved when it is whole
     work.mkdir(parents=True, exist_ok=True)
-    held = lock(work)
+    lock_file = lock(work)
     try:
         meta |= write_tokens(inputs, work, enc, meta, workers)
         publish(work, out, meta, file if is_file else None)
     except BaseException:
         if not (work / 'progress.json').is_file():  # nothing is saved that the same command could continue
-            shutil.rmtree(work)
-            if not any(out.iterdir()):
-                out.rmdir()
+            remove_work(work)
+            with suppress(OSError):  # other files are there
+                if is_new:
+                    out.rmdir()
         raise
     finally:
-        held.close()
+        lock_file.close()
     counts = [f'{name} {meta[name]["tokens"]:,} tokens in {meta[name]["documents"]:,} documents' for name in SPLITS]
     print(f'{out}: ' + ', '.join(counts))
     return meta
@@ -541,7 +552,16 @@ def publish(work, out, meta, tokenizer_file):
     (out / 'meta.json').unlink(missing_ok=True)
     for name in [*names, 'meta.json']:
         os.replace(work / name, out / name)
-    shutil.rmtree(work)
+    remove_work(work)
+
+
+def remove_work(work):
+    """Delete the folder of an unfinished preparation: the files that are made there, and nothing else."""
+    names = ['lock', 'meta.json', 'progress.json', 'tokenizer.json', 'tokenizer.tiktoken']
+    for path in [*(work / name for name in names), *work.glob('*.bin'), *work.glob('progress.json.*.tmp')]:
+        path.unlink(missing_ok=True)
+    with suppress(OSError):  # something else lies there
+        work.rmdir()
 
 
 def default_out(source):

@@ -1092,11 +1092,17 @@ def test_command_line(tmp_path, body, code, err):
     done = subprocess.run([sys.executable, 'x.py'], cwd=tmp_path, env=env, capture_output=True)
     assert done.returncode == code and done.stderr.decode().endswith(err)
     assert ('Traceback' in done.stderr.decode()) == (code == 1)
+    for closed in ('<&-', '>&-', '2>&-'):
+        command = f'"{sys.executable}" x.py {closed}'
+        done = subprocess.run(command, shell=True, cwd=tmp_path, env=env, capture_output=True)
+        assert done.returncode == code and done.stderr.decode().endswith('' if closed == '2>&-' else err)
 
 
 def test_files_appear_whole_and_only_where_they_can(tmp_path, monkeypatch):
+    (tmp_path / 'x.test').write_text('of the user')
     prepare_data.check_writable(tmp_path / 'x')
-    assert not any(tmp_path.iterdir())
+    assert [p.read_text() for p in tmp_path.iterdir()] == ['of the user']
+    (tmp_path / 'x.test').unlink()
     prepare_data.write_beside(tmp_path / 'x', b'old')
     for path, words in ((tmp_path, 'folder'), (tmp_path / 'no' / 'x', 'cannot be written'), ('/dev/null', 'device'),
                         (tmp_path / ('x' * 300), 'cannot be written'), (tmp_path / 'x' / 'y', 'cannot be written')):
@@ -1111,8 +1117,9 @@ def test_one_process_a_folder(tmp_path, monkeypatch, capsys):
     """A second preparation of the same folder is refused while the first runs, and leaves its files alone."""
     fcntl, out = pytest.importorskip('fcntl'), tmp_path / 'out'
     sources = [write_files(tmp_path / 'in', {'a.txt': 'some words ' * 50})]
-    (out / 'unfinished').mkdir(parents=True)
-    with prepare_data.lock(out / 'unfinished'):
+    work = out / prepare_data.UNFINISHED
+    work.mkdir(parents=True)
+    with prepare_data.lock(work):
         refuses(lambda: prepare_data.prepare(sources, out), 'another process')
     prepare_data.prepare(sources, out)
     assert sorted(p.name for p in out.iterdir()) == ['meta.json', 'train.bin', 'val.bin']
@@ -1351,6 +1358,7 @@ def archive(form):
       for line in (b'{"txt": "a"}\n', b'\xff\n', b'["text"]\n', b'{"text": 5}', b'[' * 100_000)],
     ('x.jsonl', b'\n{"text": ""}\n', {}, 'too little text'),
     *[('x', b'text', dict(val_fraction=v), '--val_fraction must lie') for v in (0, 1.0, -1, float('nan'))],
+    *[('x', b'text', dict(workers=n), '--workers must be at least 1') for n in (0, -3)],
     ('none*', None, {}, 'give files, folders, globs'),
     ('x', b'text', dict(tokenizer='gpt-2'), "unknown tokenizer 'gpt-2': give bytes, one of gpt2"),
     ('x', b'text', dict(tokenizer='none.json'), 'no tokenizer file none.json')])
@@ -1362,9 +1370,10 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, name, data, kw, 
     # data that was there stays as it was
     write_files(tmp_path, {'good.txt': 'some good text'})
     prepare_data.prepare([tmp_path / 'good.txt'], out)
-    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    write_files(out / 'unfinished', {'novel.txt': 'a work of the user'})
+    before = {p: p.read_bytes() for p in out.rglob('*') if p.is_file()}
     refuses(lambda: prepare_data.prepare(sources, out, **kw), words)
-    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert {p: p.read_bytes() for p in out.rglob('*') if p.is_file()} == before
 
 
 @pytest.mark.parametrize('packing', ['.gz', '.zst'])
@@ -1769,6 +1778,14 @@ print('codes', codes)
             assert a.keys() == b.keys() and all(np.allclose(a[k], b[k], rtol=1e-5) for k in keys & b.keys())
 
 
+def test_a_reader_that_leaves_does_not_end_the_run(trained, tmp_path):
+    command = [sys.executable, HERE / 'train.py', *arguments(trained / 'data', tmp_path, max_steps=3, ponder_start=0)]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=subprocess_env())
+    run.stdout.close()
+    assert (run.stderr.read(), run.wait()) == (b'', 0) and load_checkpoint(tmp_path / 'ckpt.pt')['step'] == 3
+    run.stderr.close()
+
+
 def test_ten_bad_steps_give_up_with_the_last_good_checkpoint(trained, tmp_path, capsys):
     def at(n, out):
         if n == 30 or n >= 32:  # in step 7, then in all from 8 on
@@ -1807,7 +1824,8 @@ def test_disk_full_costs_one_checkpoint(trained, tmp_path, capsys):
     (dict(learning_rate='fast'), 'learning_rate must be float'), (dict(max_steps='40%'), 'max_steps must'),
     (dict(ponder_start='soon'), "not 'soon'"), (dict(warmup=-4), "not '-4'"), (dict(dtype='float16'), 'dtype must be'),
     (dict(execution='auto'), 'execution'), (dict(batch_size=0), 'from 1'), (dict(k_max=1.5), 'from 0 to 1'),
-    (dict(explore=math.nan), 'explore'), (dict(seed=2 ** 40), 'seed'), (dict(n_embd=10 ** 12), 'n_embd'),
+    (dict(execution='foo'), 'execution must'), (dict(beta1=1), 'beta1'), (dict(explore=math.nan), 'explore'),
+    (dict(seed=2 ** 40), 'seed'), (dict(n_embd=10 ** 12), 'n_embd'),
     (dict(eval_tokens=-5), 'eval_tokens'), (dict(gate_bias=math.inf), 'gate_bias'), (dict(n_embd=17), 'divisible'),
     (dict(ponder_full=5), 'ponder_full (step 5) lies before step 6'), (dict(vocab_size=200), '257 token ids'),
     (dict(objective='saving', freeze_backbone=9), 'before step 15'), (dict(block_size=600), 'val split of'),
@@ -1818,6 +1836,7 @@ def test_train_refuses_nonsense(trained, tmp_path, monkeypatch, kw, words):
     monkeypatch.chdir(tmp_path)
     Path('a_file').touch()
     refused(words, **{'data_dir': trained / 'data', 'out_dir': 'out', **kw})
+    assert [p.name for p in tmp_path.iterdir()] == ['a_file']
 
 
 def test_config_files(trained, tmp_path, monkeypatch, capsys):
@@ -1853,11 +1872,21 @@ def test_train_refuses_bad_data(trained, tmp_path):
     cases = [('train_1.bin', bytes(2000), {}, 'has not the 1500 tokens'),
              ('train_1.bin', bytes(3000), dict(verify_data=True), 'train_1.bin was changed: its sha256'),
              ('train_0.bin', np.full(2000, 400, 'uint16').tobytes(), {}, 'holds token 400, beyond vocab_size 320'),
-             ('meta.json', b'{}', {}, 'meta.json was not written by prepare_data.py'),
-             ('meta.json', json.dumps(meta).encode(), {}, "KeyError: 'sha256'")]
+             *[('meta.json', text, {}, 'meta.json is damaged') for text in (b'{}', b'[1]', b'{"', b'[' * 100_000)],
+             ('meta.json', json.dumps(meta).encode(), {}, 'sha256 must be of type str')]
+    good = train.load_meta(trained / 'data')
+    for changes in (dict(vocab_size='257'), dict(dtype='float32'), dict(train=[]), dict(val=dict(files={}))):
+        cases.append(('meta.json', json.dumps({**good, **changes}).encode(), {}, 'meta.json is damaged'))
+    for changes in (dict(name=7), dict(tokens=900.0), dict(sha256=None)):
+        val = dict(files=[{**good['val']['files'][0], **changes}])
+        cases.append(('meta.json', json.dumps({**good, 'val': val}).encode(), {}, 'meta.json is damaged'))
     for i, (name, content, kw, words) in enumerate(cases):
         (write_data(tmp_path / f'data{i}') / name).write_bytes(content)
         refused(words, tmp_path / f'data{i}', tmp_path / f'out{i}', **{'verify_data': False, **kw})
+    (write_data(tmp_path / 'short') / 'val_0.bin').unlink()
+    refused('val_0.bin is not there', tmp_path / 'short', tmp_path / 'out', verify_data=True)
+    with pytest.raises(train.UsageError, match='no data in'):
+        train.load_meta(tmp_path / 'none')
     held = train.lock(trained / 'out')
     refused('is writing to', trained / 'data', trained / 'out')
     held.close()
@@ -1880,12 +1909,29 @@ def test_a_config_changed_on_resume_acts_or_is_refused(trained, tmp_path, capsys
     assert [(g['weight_decay'], g['betas']) for g in groups] == [(0.5, (0.9, 0.5)), (0, (0.9, 0.5))]
     assert {int(s['step']) for s in state['optimizer']['state'].values()} == {22 - 5, 22 - 6} and state['step'] == 22
     for broken, words in [({**state, 'config': {**state['config'], 'pool': 'all'}}, 'another version of this project'),
-                          ({k: v for k, v in state.items() if k != 'optimizer'}, 'lacks optimizer')]:
+                          ({k: v for k, v in state.items() if k != 'optimizer'}, 'optimizer must be of type dict')]:
         torch.save(broken, out / 'ckpt.pt')
         refused(words, trained / 'data', out)
     (out / 'ckpt.pt').write_bytes(b'junk')
     refused('not a readable checkpoint', trained / 'data', out)
     assert run_train(trained / 'data', out, resume=False, max_steps=1) == 0 and len(read_log(out)) == 1
+
+
+@pytest.mark.parametrize('change', [
+    dict(optimizer=[1]), dict(optimizer=dict(state={}, param_groups=[])), dict(optimizer=dict(state=[])),
+    dict(train_config=[1]), dict(step='3'), dict(ponder_start=None), dict(meta=None), dict(meta=[1]),
+    *[dict(moment=m) for m in (None, [1], {}, dict(exp_avg=torch.zeros(2)), dict(step=torch.zeros(7)))]])
+def test_a_damaged_checkpoint_is_refused(trained, tmp_path, change):
+    state = load_checkpoint(trained / 'out/ckpt.pt')
+    if 'moment' in change:
+        moments, moment = state['optimizer']['state'], change.pop('moment')
+        moments[0] = {**moments[0], **moment} if moment and isinstance(moment, dict) else moment
+        if moment is None:
+            del moments[0]
+    torch.save({**state, **change}, tmp_path / 'ckpt.pt')
+    refused('ckpt.pt is damaged or of another version', trained / 'data', tmp_path, max_steps=21)
+    if change == dict(meta=[1]):
+        refused('is damaged', trained / 'data', tmp_path / 'new', init_from=tmp_path)
 
 
 def test_grad_clip_0_is_no_clipping(trained, tmp_path):
@@ -2454,7 +2500,7 @@ def test_curves(tmp_path, capsys):
 @pytest.mark.parametrize('command, word', [
     ('ppl --ckpt none.pt', 'no checkpoint at'), ('ppl --ckpt a.pt --data .', 'meta.json'),
     ('ppl --ckpt a.pt --others a.pt', 'NAME=CKPT'), ('ppl --ckpt a.pt --others fixed=o.pt', 'cannot be compared'),
-    ('ppl --ckpt a.pt --data bad', 'not written by'), ('ppl --ckpt a.pt --data other', 'another tokenizer'),
+    ('ppl --ckpt a.pt --data bad', 'is damaged'), ('ppl --ckpt a.pt --data other', 'another tokenizer'),
     ('ppl --ckpt a.pt --eval_tokens -5', 'must be'), ('ppl --ckpt a.pt --save nan', 'must be'),
     ('ppl --ckpt a.pt --json .', 'folder'), ('ppl --ckpt a.pt --json no/x.json', 'cannot'),
     ('results junk.json', 'junk.json'), ('results half.json', 'half.json'), ('flops', 'required'),

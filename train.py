@@ -26,7 +26,7 @@ import shutil
 import sys
 import time
 import warnings
-from contextlib import nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
@@ -38,9 +38,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import model as model_py
-from model import AdaPonderConfig, AdaPonderLM, HaltingSchedule, load_checkpoint
-from prepare_data import (UsageError, check_writable, command_line, file_sha256, load_tokenizer, lock, optional,
-                          prepare, write_beside)
+from model import TOKENIZER_FILES, AdaPonderConfig, AdaPonderLM, HaltingSchedule, load_checkpoint
+from prepare_data import (UsageError, check_writable, command_line, drop_stdout, file_sha256, load_tokenizer, lock,
+                          optional, prepare, write_beside)
 
 Duration = int | str  # a number of steps, or '1000 steps', '1.2B tokens', '40%' (of max_steps)
 
@@ -74,9 +74,9 @@ class TrainConfig:
     ponder_norm: bool = False         # give what is handed on a LayerNorm of its own
     early_ce: float = 0.0             # weight of the cross entropy after each iteration but the last (arXiv 2607.20519)
     # stages of the gates' training, see HaltingSchedule
-    ponder_start: Duration = '40%'    # until here no token halts
-    ponder_full: Duration = '70%'     # from here on the full amount shall halt
-    k_max: float = 0.4                # 'saving': share of iterations 2 .. not to run; 'paper': of gates to push down
+    ponder_start: Duration = '10%'    # until here no token halts
+    ponder_full: Duration = '25%'     # from here on the full amount shall halt
+    k_max: float = 0.15               # 'saving': share of iterations 2 .. not to run; 'paper': of gates to push down
     ponder_lambda: float = 0.1        # weight of the gates' loss
     explore: float = 0.1              # 'saving': share of tokens forced to run all iterations at ponder_full
     freeze_backbone: Duration = 0     # from ponder_start on, train the gates alone for this long
@@ -112,7 +112,8 @@ class TrainConfig:
 
 
 # Smallest and largest value of the numeric fields; those that are not here may be 0 to 2^31 - 1
-RANGES = dict.fromkeys(('k_max', 'explore', 'tau', 'final_lr', 'beta1', 'beta2'), (0, 1))
+RANGES = dict.fromkeys(('k_max', 'explore', 'tau', 'final_lr'), (0, 1))
+RANGES |= dict.fromkeys(('beta1', 'beta2'), (0, 0.999999))
 RANGES |= dict.fromkeys(('block_size', 'n_layer', 'n_embd', 'n_iter', 'batch_size', 'gradient_accumulation_steps',
                          'log_interval'), (1, 2 ** 20))
 RANGES['gate_bias'] = (-100, 100)
@@ -154,7 +155,7 @@ def read_config_file(path):
 def load_config(argv):
     """TrainConfig from config files and --key=value arguments, in that order; its `given` is the set of fields set."""
     if '-h' in argv or '--help' in argv:
-        print(__doc__.strip() + '\n\n' + inspect.getsource(TrainConfig).split('\n', 2)[2])
+        print(__doc__.strip() + '\n\n' + inspect.getsource(TrainConfig).split('\n', 2)[2].split('\n\n')[0])
         raise SystemExit(0)
     kinds, values = {f.name: f.type for f in fields(TrainConfig)}, {}
     for arg in argv:
@@ -176,7 +177,8 @@ def load_config(argv):
 def in_steps(name, duration, tokens_per_step, max_steps=None):
     """A Duration in steps, int. max_steps: what '40%' is a part of. Raises UsageError."""
     m = re.fullmatch(r'(\d+\.?\d*(?:e\d+)?)\s*([KMBT]?)\s*(steps|tokens|%|)', str(duration).strip())
-    number, unit = (float(m[1]) * 1000 ** ' KMBT'.index(m[2] or ' '), m[3]) if m else (-1, None)
+    factors = {'': 1, 'K': 10 ** 3, 'M': 10 ** 6, 'B': 10 ** 9, 'T': 10 ** 12}
+    number, unit = (float(m[1]) * factors[m[2]], m[3]) if m else (-1, None)
     if unit == 'tokens':
         number = round(number / tokens_per_step)
     elif unit == '%':
@@ -259,16 +261,30 @@ def get_autocast(device, dtype='auto'):
 # Data
 
 def load_meta(folder):
-    """The meta.json that prepare_data.py wrote, a dict; UsageError where a key is missing that training needs."""
+    """The meta.json that prepare_data.py wrote, a dict; UsageError if there is none, or not with all that is needed."""
     path = Path(folder) / 'meta.json'
+    if not path.is_file():
+        raise UsageError(f'no data in {folder} (no meta.json): run "python prepare_data.py PATH ... --out {folder}"')
     try:
         meta = json.loads(path.read_text(encoding='utf-8'))
-        np.dtype(meta['dtype']), meta['vocab_size'] + 0, meta['tokenizer'], meta['tokenizer_sha256']
-        for file in meta['train']['files'] + meta['val']['files']:
-            file['name'], file['tokens'] + 0, file['sha256']
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
-        raise UsageError(f'{path} was not written by prepare_data.py ({type(e).__name__}: {e})')
+    except (ValueError, RecursionError):
+        raise UsageError(f'{path} is damaged: run prepare_data.py again')
+    check_types(path, meta, dtype=str, vocab_size=int, tokenizer=str, tokenizer_sha256=str, train=dict, val=dict)
+    for split in (meta['train'], meta['val']):
+        check_types(path, split, files=list)
+        for file in split['files']:
+            check_types(path, file, name=str, tokens=int, sha256=str)
+    if meta['dtype'] not in ('uint16', 'uint32'):
+        raise UsageError(f'{path} is damaged or of another version (dtype is {meta["dtype"]})')
     return meta
+
+
+def check_types(path, values, **types):
+    """Raise UsageError unless `values`, which were read from path, are a dict with these keys, of these types."""
+    for key, kind in types.items():
+        if not isinstance(values, dict) or type(values.get(key)) is not kind:
+            raise UsageError(f'{path} is damaged or of another version ({key} must be of type {kind.__name__}): '
+                             'make it again or give another')
 
 
 class Windows:
@@ -339,9 +355,11 @@ def initial_model(cfg, meta):
     given = {k: v for k, v in settings.items() if k in cfg.given and k != 'block_size'}
     shape = {k: given.pop(k, 0) for k in ('vocab_size', 'n_layer', 'n_head', 'n_embd')}
     path = os.path.expanduser(cfg.init_from)
+    if os.path.isfile(os.path.join(path, 'ckpt.pt')):  # the folder of a run
+        path = os.path.join(path, 'ckpt.pt')
     if path.endswith('.pt'):
         state = load_checkpoint(path)
-        trained, tokenizer = AdaPonderLM.from_state(state, path), state.get('meta', {})
+        trained, tokenizer = AdaPonderLM.from_state(state, path), state.get('meta') or {}
         model = AdaPonderLM(replace(trained.cfg, **given))
         if trained.gates and model.gates and trained.cfg.gate_hidden != model.cfg.gate_hidden:
             raise UsageError(f'gate_width is {cfg.gate_width}, but {trained.cfg.gate_width} in {path}: leave it out')
@@ -353,6 +371,7 @@ def initial_model(cfg, meta):
                 tokenizer = dict(tokenizer=file, tokenizer_sha256=file_sha256(file)) | tokenizer
             elif file.name == 'meta.json':  # save_pretrained() wrote it
                 tokenizer = json.loads(file.read_text(encoding='utf-8'))
+    check_types(path, dict(meta=tokenizer), meta=dict)
     for k, value in shape.items():
         if value and value != getattr(model.cfg, k):
             raise UsageError(f'{k} is {value}, but {getattr(model.cfg, k)} in {path}: leave it out')
@@ -383,11 +402,12 @@ def clip_gradients(model, max_norm):
 
     Gates that only watch (objective 'saving') are clipped apart, so that they do not shorten the backbone's steps.
     """
-    parts = [], []
+    backbone, gates = [], []
     for name, p in model.named_parameters():
         if p.grad is not None:
-            parts[model.cfg.objective == 'saving' and name.startswith('gates.')].append(p)
-    norms = [torch.nn.utils.clip_grad_norm_(part, max_norm or math.inf) for part in parts if part]
+            apart = model.cfg.objective == 'saving' and name.startswith('gates.')
+            (gates if apart else backbone).append(p)
+    norms = [torch.nn.utils.clip_grad_norm_(part, max_norm or math.inf) for part in (backbone, gates) if part]
     return torch.stack(norms).norm()
 
 
@@ -440,8 +460,8 @@ def closing_sample(model, cfg, val, meta, data_dir):
 
 def check_resume(path, state, cfg, meta, start):
     """The lines to print on changes that may be made on a resume; UsageError for those that may not."""
-    if lacks := {'train_config', 'meta', 'optimizer', 'step', 'ponder_start'} - state.keys():
-        raise UsageError(f'{path} lacks {", ".join(sorted(lacks))}: give another --out_dir, or --resume=False')
+    check_types(path, state, train_config=dict, meta=dict, optimizer=dict, step=int, ponder_start=int)
+    check_types(path, state['optimizer'], state=dict)
     before, now = state['train_config'], asdict(cfg)
     changed = [k for k in now if str(before.get(k)) != str(now[k]) and k not in ('resume', 'device', 'out_dir')]
     lasting = {f.name for f in fields(AdaPonderConfig)} | {'seed', 'batch_size', 'gradient_accumulation_steps'}
@@ -455,6 +475,25 @@ def check_resume(path, state, cfg, meta, start):
                          'give them back, or another --out_dir, or --resume=False')
     return [*(f'changed since the checkpoint: {k} = {before.get(k)} -> {now[k]}' for k in changed),
             f'going on from {path} at step {state["step"]}']
+
+
+def check_moments(path, model, state):
+    """Raise UsageError unless the checkpoint has AdamW's moments of this model: other shapes would crash torch.
+
+    The gates, or the backbone, may have none at all: until they learn for the first time.
+    """
+    moments, has_moments = state['optimizer']['state'], dict(gates=set(), backbone=set())
+    parameters = sorted(model.named_parameters(), key=lambda item: item[1].dim() <= 1)  # as in make_optimizer()
+    fits = True
+    for i, (name, p) in enumerate(parameters):
+        has_moments['gates' if name.startswith('gates.') else 'backbone'].add(i in moments)
+        if i in moments:
+            check_types(path, moments[i], exp_avg=torch.Tensor, exp_avg_sq=torch.Tensor, step=torch.Tensor)
+            shapes = [moments[i][key].shape for key in ('exp_avg', 'exp_avg_sq', 'step')]
+            fits = fits and shapes == [p.shape, p.shape, ()]
+    if not fits or {True, False} in has_moments.values() or (state['step'] and not moments):
+        raise UsageError(f"{path} is damaged or of another version (the optimizer's moments are not the model's): "
+                         'give another --out_dir, or --resume=False')
 
 
 def trim_log(path, step):
@@ -472,15 +511,44 @@ def trim_log(path, step):
 # -----------------------------------------------------------------------------
 # Training
 
+def print_line(text):
+    """Print at once. Where that fails, as in "python train.py ... | head", the training goes on without its lines."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        drop_stdout()
+
+
+@contextmanager
+def run_folder(out_dir):
+    """Make and lock the folder of a run. A refusal takes back what was made here, so that it leaves nothing."""
+    is_new, has_lock = not out_dir.exists(), (out_dir / 'lock').exists()
+    with suppress(OSError):
+        out_dir.mkdir(parents=True, exist_ok=True)
+    check_writable(out_dir / 'ckpt.pt')  # says what is wrong with out_dir
+    with closing(lock(out_dir)):
+        try:
+            yield
+        except (ValueError, OSError):
+            if not has_lock:
+                (out_dir / 'lock').unlink(missing_ok=True)
+            if is_new:
+                with suppress(OSError):  # more lies there
+                    out_dir.rmdir()
+            raise
+
+
 def train(cfg):
     """The whole training. Returns the exit code: 0, 1 if it gave up or could not save, 128 + a signal that came."""
     # processes, as torchrun describes them, and the device
     world, local_world = (int(os.environ.get(name, 1)) for name in ('WORLD_SIZE', 'LOCAL_WORLD_SIZE'))
     rank, local_rank = (int(os.environ.get(name, 0)) for name in ('RANK', 'LOCAL_RANK'))
     master = rank == 0
-    print0 = partial(print, flush=True) if master else lambda text: None
+    print0 = print_line if master else lambda text: None
     device = get_device(cfg.device)
     autocast, dtype = get_autocast(device, cfg.dtype)
+    if cfg.execution not in ('dense', 'packed'):
+        raise UsageError(f"execution must be 'dense' or 'packed', not {cfg.execution!r}")
     if cfg.gradient_accumulation_steps % world:
         raise UsageError(f'gradient_accumulation_steps must be a multiple of the number of processes, {world}')
 
@@ -497,14 +565,9 @@ def train(cfg):
     if os.path.realpath(data_dir) == os.path.realpath(out_dir):
         raise UsageError(f'out_dir and data_dir are both {out_dir}: give the run a folder of its own')
     if not has_data and (cfg.init_from != 'scratch' or cfg.data_dir != TrainConfig.data_dir):
-        raise UsageError(f'no data in {data_dir}: run "python prepare_data.py PATH ... --out {data_dir}"')
-    if master:
-        with suppress(OSError):
-            out_dir.mkdir(parents=True, exist_ok=True)
-        check_writable(out_dir / 'ckpt.pt')  # says what is wrong with out_dir
-        held = lock(out_dir)  # held until this function returns
-        if not has_data:
-            prepare(['stdlib'], data_dir)
+        load_meta(data_dir)  # raises
+    if master and not has_data:
+        prepare(['stdlib'], data_dir)
     ckpt_path, log_path = out_dir / 'ckpt.pt', out_dir / 'log.jsonl'
     resuming = cfg.resume and ckpt_path.is_file()
     if world > 1:
@@ -518,10 +581,6 @@ def train(cfg):
             if any(other[name] != ranks[0][name] for other in ranks):
                 raise UsageError(f'not all processes have the same {name}: all nodes need the same files')
     meta = load_meta(data_dir)
-    if cfg.verify_data:  # the processes of a node share the files out
-        for file in (meta['train']['files'] + meta['val']['files'])[local_rank::local_world]:
-            if file_sha256(data_dir / file['name']) != file['sha256']:
-                raise UsageError(f'{data_dir / file["name"]} was changed: its sha256 is not the one in meta.json')
 
     # model
     torch.manual_seed(cfg.seed)
@@ -529,6 +588,7 @@ def train(cfg):
         state = load_checkpoint(ckpt_path)
         changes = check_resume(ckpt_path, state, cfg, meta, ponder_start)
         model = AdaPonderLM.from_state(state, ckpt_path)
+        check_moments(ckpt_path, model, state)
     else:
         state, changes, model = {}, [], initial_model(cfg, meta)
     if cfg.block_size > model.cfg.block_size or meta['vocab_size'] > model.cfg.vocab_size:
@@ -536,6 +596,10 @@ def train(cfg):
                          f'block_size is {cfg.block_size}, the data has {meta["vocab_size"]} token ids')
     train_data = Windows(data_dir, meta, 'train', cfg.block_size, model.cfg.vocab_size, cfg.seed)
     val_data = Windows(data_dir, meta, 'val', cfg.block_size, model.cfg.vocab_size)
+    if cfg.verify_data:  # the processes of a node share the files out
+        for file in (meta['train']['files'] + meta['val']['files'])[local_rank::local_world]:
+            if file_sha256(data_dir / file['name']) != file['sha256']:
+                raise UsageError(f'{data_dir / file["name"]} was changed: its sha256 is not the one in meta.json')
     model.to(device).remat = cfg.remat
     schedule = HaltingSchedule(model.cfg, max_steps, ponder_start, ponder_full, cfg.k_max, cfg.ponder_lambda,
                                cfg.explore, freeze, cfg.seed)
@@ -554,7 +618,7 @@ def train(cfg):
     del state  # a second model and optimizer in memory
     if master:
         trim_log(log_path, step)
-        for name in ('meta.json', 'tokenizer.tiktoken', 'tokenizer.json'):  # so that sampling needs nothing but out_dir
+        for name in TOKENIZER_FILES:  # so that sampling needs nothing but out_dir
             if (data_dir / name).is_file():
                 shutil.copyfile(data_dir / name, out_dir / name)
         if cfg.wandb_log:
@@ -596,17 +660,21 @@ def train(cfg):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     handlers = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
 
-    def read(n):
-        """Micro-batch number n of the run, on its way to the device."""
-        x = train_data.train_batch(n, cfg.batch_size)
+    def read_batch(index):
+        """Micro-batch number `index` of the run, on its way to the device."""
+        x = train_data.train_batch(index, cfg.batch_size)
         return x.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else x.to(device)
     n_micro = cfg.gradient_accumulation_steps // world  # micro-batches a step of this process
-    number = step * cfg.gradient_accumulation_steps + rank  # of the micro-batch in the run, whatever the processes
-    x = read(number)
+    micro_in_run = step * cfg.gradient_accumulation_steps + rank  # the same numbers for any number of processes
+    x = read_batch(micro_in_run)
     # a gate that no token reaches has no gradient, but DDP waits for one, and AdamW must see 0 alike on all processes
     maybe_idle = [p for part in (model.gates, model.ln_ponder) for p in part.parameters()]
     peak = gpu_peak(torch.cuda.get_device_name(device), dtype) if device.type == 'cuda' else None
-    phase, bad_steps, saved, seconds, logged_step = None, 0, True, 0.0, step
+    phase = None           # what learns: 'all', 'gates' or 'backbone'
+    bad_steps = 0          # in a row, whose gradient was not finite
+    saved = True           # whether the last checkpoint was written
+    seconds = 0.0          # in steps since the last line of the log, which was at logged_step
+    logged_step = step
 
     while step < max_steps:
         # what learns, and how fast
@@ -617,7 +685,8 @@ def train(cfg):
             phase = 'backbone'  # gates that neither act nor learn yet stay out of the optimizer and of DDP
         if phase != old_phase:
             for name, p in model.named_parameters():
-                p.requires_grad_(phase == 'all' or (phase == 'gates') == name.startswith('gates.'))
+                part = 'gates' if name.startswith('gates.') else 'backbone'
+                p.requires_grad_(phase in ('all', part))
             net = model  # let go of the old DDP first: its hooks leave with it
             if world > 1:
                 net = DDP(model, gradient_as_bucket_view=True)
@@ -629,22 +698,22 @@ def train(cfg):
         # forward and backward of this process's micro-batches
         started = time.time()
         sums = torch.zeros(4, device=device)  # cross entropy, gates' loss, depth, halted
-        for j in range(n_micro):
+        for i in range(n_micro):
             stopped_by = torch.tensor(max(stop_signals, default=0))
             if world > 1:  # a signal to one process stops all of them
                 dist.all_reduce(stopped_by, dist.ReduceOp.MAX)
             if stopped_by:
                 break
-            micro = j * world + rank
-            with net.no_sync() if world > 1 and j + 1 < n_micro else nullcontext():
+            micro_in_step = i * world + rank
+            with net.no_sync() if world > 1 and i + 1 < n_micro else nullcontext():
                 with autocast():
-                    out = net(x[:, :-1], x[:, 1:], execution=cfg.execution, **schedule.at(step, micro))
+                    out = net(x[:, :-1], x[:, 1:], execution=cfg.execution, **schedule.at(step, micro_in_step))
                 loss = out.loss + 0 * sum(p.sum() for p in maybe_idle)
                 (loss / n_micro).backward()
-            halted = schedule.halted(step, out.depth, micro)
+            halted = schedule.halted(step, out.depth, micro_in_step)
             sums += torch.stack([out.ce_loss.detach(), out.ponder_loss.detach(), out.depth.float().mean(), halted])
-            number += world
-            x = read(number)  # while the GPU computes
+            micro_in_run += world
+            x = read_batch(micro_in_run)  # while the GPU computes
         if stopped_by:
             saved = checkpoint()
             then = f'the same command goes on from {ckpt_path}' if saved else 'not saved'
@@ -726,7 +795,10 @@ def end_processes():
 
 def main(argv=None):
     try:
-        code = train(load_config(sys.argv[1:] if argv is None else argv))
+        cfg = load_config(sys.argv[1:] if argv is None else argv)
+        is_master = os.environ.get('RANK', '0') == '0'
+        with run_folder(Path(os.path.expanduser(cfg.out_dir))) if is_master else nullcontext():
+            code = train(cfg)
     except torch.cuda.OutOfMemoryError:
         raise UsageError('the GPU has too little memory: lower batch_size and raise gradient_accumulation_steps, '
                          'or give --remat=True, and --shard_optimizer=True with several')

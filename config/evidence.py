@@ -1,4 +1,4 @@
-# The runs behind the README's table of results: config/tiny.py's model, 2700 steps, 5 to 20 minutes on a CPU core.
+# The runs behind assets/notes.md: config/tiny.py's model, 2700 steps, 5 to 20 minutes on a CPU core.
 # Baselines: --n_iter=1 (Pythia), --halting=False (fixed depth; PonderLM with --ponder_norm=False), and fewer iterations
 # at fixed depth: --halting=False --n_iter=3.
 out_dir = 'out/evidence'

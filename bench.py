@@ -741,10 +741,10 @@ def downstream(a):
         from lm_eval.utils import make_table
     except ImportError:
         raise UsageError('downstream needs lm-evaluation-harness: pip install lm-eval') from None
-    model, enc = sample.load(a.ckpt, a.tokenizer, getattr(torch, a.dtype))
+    model, enc = sample.load(a.ckpt, getattr(torch, a.dtype))
     model = model.to(a.device).eval().requires_grad_(False)
     if enc.eot_token >= model.cfg.vocab_size:
-        raise UsageError('the tokenizer has more tokens than the model: give the one that it was trained with')
+        raise UsageError(f'{a.ckpt}: the tokenizer beside it has more tokens than the model, it belongs to another one')
     lm, manager, found = harness_model(model, enc, a), TaskManager(), {}
     for task in a.tasks.split(','):
         if task not in manager.all_tasks and not Path(task).is_file():
@@ -862,9 +862,8 @@ def make_parser():
     arg('--price', type=number(float, 0), help='dollars a GPU hour')
 
     arg = command(downstream)
-    arg('--ckpt', required=True, type=PATH, help='a ckpt.pt of train.py or a GPT-NeoX folder')
+    arg('--ckpt', required=True, type=PATH, help='as sample.py has it: its tokenizer lies beside it')
     arg('--tasks', required=True, help='lambada_openai,piqa,arc_easy,..., or the YAML file of a task of your own')
-    arg('--tokenizer', type=PATH, help="a tokenizer.json; default: the checkpoint's")
     arg('--num_fewshot', type=number(int, 0))
     arg('--limit', type=COUNT, help='documents a task')
     arg('--tau', type=SHARE)

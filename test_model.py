@@ -2435,6 +2435,27 @@ def test_harness_adapter(tmp_path):
     assert texts == theirs.generate_until(ask('generate_until', until), disable_tqdm=True)
 
 
+def test_downstream_runs_tasks_at_adaptive_depth(ckpt, monkeypatch):
+    """The command with lm-eval replaced: its evaluation asks for one text."""
+    def evaluate(lm, tasks, **settings):
+        request = SimpleNamespace(args=('To be', dict(max_gen_toks=9)))
+        return dict(results={tasks[0]: lm.generate_until([request])[0]})
+    tasks = SimpleNamespace(TaskManager=lambda: SimpleNamespace(all_tasks=['echo']))
+    base = SimpleNamespace(TemplateLM=type('TemplateLM', (), {}))
+    utils = SimpleNamespace(make_table=str)
+    modules = {'': SimpleNamespace(simple_evaluate=evaluate, utils=utils), '.tasks': tasks, '.utils': utils,
+               '.api': SimpleNamespace(), '.api.model': base}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, f'lm_eval{name}', module)
+    m = AdaPonderLM.from_checkpoint(ckpt)
+    steps = list(stream(m, [list(b'To be')], 9, temperature=0, tau=0.3, stop_token=256))
+    got = run_bench('downstream', '--ckpt', ckpt.parent, '--tasks', 'echo', '--tau', 0.3)['tasks']['echo']
+    text = bytes(step.token for step in steps if step.token < 256).decode(errors='replace')
+    assert got == dict(results=dict(echo=text), depth=pytest.approx(sum(step.depth for step in steps) / len(steps)))
+    with pytest.raises(ValueError, match='no task other'):
+        run_bench('downstream', '--ckpt', ckpt, '--tasks', 'echo,other')
+
+
 def test_curves(tmp_path, capsys):
     for name, loss in (('a', 2.5), ('b', 3.5)):
         records = [dict(step=1, tokens=100, loss=loss, depth=4.0, gate_mean=[]),

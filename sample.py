@@ -66,7 +66,7 @@ def slot_attention(q, k, v, kv, at):
     go: four int64 tensors (M,), of tokens 0 .. N - 1, slots, iterations and positions.
     """
     active, (token, slot, it, pos) = at
-    kv[:, slot, it, :, pos] = torch.stack([k, v], dim=1)[token]  # (M, 2, nh, hs)
+    kv[:, slot, it, :, pos] = torch.stack([k, v], dim=1)[token].to(kv.dtype)  # (M, 2, nh, hs); autocast's differ
     y = []
     for n, s in enumerate(active):  # each attends to a view of its slot's part, so no cache is copied
         K, V = kv[:, s.index, s.it, None, :, :s.pos + 1]  # (1, nh, pos + 1, hs) each
@@ -156,6 +156,8 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=No
     generators = list(generator) if isinstance(generator, (list, tuple)) else [generator] * len(texts)
     if not len(texts) == len(budget) == len(generators):
         raise ValueError(f'{len(texts)} prompts, {len(budget)} numbers of new tokens, {len(generators)} generators')
+    if min(budget, default=0) < 0:
+        raise ValueError(f'max_new_tokens must be at least 0, not {min(budget)}')
 
     slots = max(1, min(slots, len(texts)))
     length = min(model.cfg.block_size, max((len(t) + n for t, n in zip(texts, budget)), default=1))

@@ -396,9 +396,27 @@ def test_engine_says_what_the_network_says():
     assert list(stream(m, [[5, 6, 7]], 20, generator=seeded(), stop_token=stop)) == steps[:first + 1]
 
 
+@pytest.mark.parametrize('config', [PAPER, dict(feedback='hidden'), dict(halting=False)])
+def test_engine_under_autocast_is_near_float32(config):
+    m = tiny(torch.float32, block_size=64, **config)
+    prompts = [random_tokens(n, seed=n).tolist() for n in (3, 9, 5)]
+    policy = random_policy(0.5) if m.cfg.halting else None  # rather than gates, which a rounding error may flip
+    made = [[] for _ in prompts]
+    with torch.autocast('cpu', torch.bfloat16):
+        for step in stream(m, prompts, 12, temperature=0, slots=2, policy=policy):
+            made[step.seq].append(step)
+    for n, (prompt, steps) in enumerate(zip(prompts, made)):
+        text = torch.tensor([prompt + [step.token for step in steps]])
+        out = m(text[:, :-1], text[:, 1:], policy=policy and (lambda i, s, h, row, pos: policy(i, s, h, row + n, pos)))
+        assert [step.depth for step in steps] == out.depth[0, len(prompt) - 1:].tolist()
+        nll = out.nll[0, len(prompt) - 1:].tolist()
+        assert [step.nll for step in steps] == pytest.approx(nll, abs=0.05)  # bfloat16's three digits
+
+
 @pytest.mark.parametrize('kw, words', [
     (dict(prompts=[[1], []]), 'at least one token'), (dict(prompts=[[61]]), 'tokens from 0 to 60'),
     (dict(generator=[torch.Generator()]), '1 generators'), (dict(max_new_tokens=[3]), '1 numbers of new tokens'),
+    (dict(max_new_tokens=-3), 'at least 0'), (dict(max_new_tokens=[1, -1]), 'at least 0'),
     (dict(top_p=0.0), 'top_p'), (dict(max_iter=5), 'max_iter')])
 def test_engine_refuses_nonsense(kw, words):
     with pytest.raises(ValueError, match=words):

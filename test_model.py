@@ -2493,6 +2493,15 @@ def test_curves(tmp_path, capsys):
     assert (tmp_path / 'c.png').exists() == ('no pictures' not in text)
 
 
+@pytest.mark.parametrize('line', ['3', '[1]', '{"loss": 1.0}', '{"step": 1, "loss": "low"}', '{"step": 1, "lr": "low"}',
+                                  '{"step": {}, "loss": 1.0}', '{"step": 1, "gate_mean": [[1], 2]}'])
+def test_curves_refuses_what_train_does_not_write(line, tmp_path):
+    (tmp_path / 'log.jsonl').write_text('{"step": 1, "loss": 2.0}\n' + line, encoding='utf-8')
+    with pytest.raises(ValueError, match='not written by train.py'):
+        run_bench('curves', tmp_path, '--out', tmp_path / 'c.png')
+    assert os.listdir(tmp_path) == ['log.jsonl']
+
+
 @pytest.mark.parametrize('command, word', [
     ('ppl --ckpt none.pt', 'no checkpoint at'), ('ppl --ckpt a.pt --data .', 'meta.json'),
     ('ppl --ckpt a.pt --others a.pt', 'NAME=CKPT'), ('ppl --ckpt a.pt --others fixed=o.pt', 'cannot be compared'),
@@ -2500,7 +2509,11 @@ def test_curves(tmp_path, capsys):
     ('ppl --ckpt a.pt --eval_tokens -5', 'must be'), ('ppl --ckpt a.pt --save nan', 'must be'),
     ('ppl --ckpt a.pt --json .', 'folder'), ('ppl --ckpt a.pt --json no/x.json', 'cannot'),
     ('results junk.json', 'junk.json'), ('results half.json', 'half.json'), ('flops', 'required'),
-    ('flops --config e.py', 'starts from'), ('speed --ckpt v.pt', 'n_iter > 1'),
+    ('results empty.json', 'empty.json'), ('results lacks.json', 'lacks.json'), ('ppl --ckpt nan.pt', 'NaN'),
+    ('ppl --ckpt list.pt', 'list.pt is damaged'), ('ppl --ckpt none', 'no checkpoint at'),
+    ('ppl --ckpt no_data.pt', 'give --data'), ('curves run --out x.foo', 'must end in'), ('curves run --out x', 'must end in'),
+    ('curves run --out d.png', 'd.png is a folder'),
+    ('flops --config e.py', 'starts from'), ('speed --ckpt v.pt', 'n_iter > 1'), ('speed --ckpt run', 'n_iter > 1'),
     ('plan --config c.py --mfu 2', 'must be'), ('speed --config c.py --length 999', 'block_size'), ('speed --config c.py --prompt 128', '--prompt'),
     ('plan --config c.py --set n_embd=65', 'n_embd'), ('curves .', 'log.jsonl'),
     ('curves run --out junk.json/x.png', 'junk.json')])
@@ -2508,10 +2521,19 @@ def test_bench_refuses_nonsense(command, word, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name, kw in (('a.pt', {}), ('o.pt', dict(block_size=16)), ('v.pt', dict(n_iter=1))):
         bench_run(tmp_path, name, tiny(torch.float32, **kw))
-    for name in ('bad', 'other', 'run'):
+    state = torch.load('a.pt', weights_only=True)
+    torch.save({**state, 'train_config': [1]}, 'list.pt')
+    torch.save({**state, 'train_config': None}, 'no_data.pt')
+    torch.save({**state, 'model': {n: t * math.nan for n, t in state['model'].items()}}, 'nan.pt')
+    os.mkdir('run')
+    shutil.copy('v.pt', 'run/ckpt.pt')
+    lacks = dict(group='g', model='m', policy='p', setting='s', seed=1, nll=2.0)
+    for name in ('bad', 'other', 'd.png'):
         (tmp_path / name).mkdir()
     other = (tmp_path / 'data/meta.json').read_text(encoding='utf-8').replace('of no file', 'of another')
     for name, text in (('junk.json', '{"a": 1}'), ('half.json', '{"rows": [{}], "depths": []}'),
+                       ('empty.json', '{"rows": [], "depths": []}'),
+                       ('lacks.json', json.dumps(dict(rows=[lacks], depths=[]))),
                        ('bad/meta.json', '{"dtype": "uint16"}'), ('other/meta.json', other), ('run/log.jsonl', '')):
         (tmp_path / name).write_text(text, encoding='utf-8')
     shape_file(tmp_path / 'c.py')

@@ -52,11 +52,11 @@ class Step(NamedTuple):
 @dataclass
 class Slot:
     """A sequence in flight, and where the token that it runs stands."""
-    index: int          # its row of the cache and of the inputs
-    seq: int            # index of its prompt
-    pos: int = 0        # position of the token in the context
-    it: int = 0         # iteration of the token, 0 .. n_iter - 1
-    gates: list = None  # gate values of the token so far
+    index: int           # its row of the cache and of the inputs
+    seq: int             # index of its prompt
+    pos: int = 0         # position of the token in the context
+    iteration: int = 0   # of the token, 0 .. n_iter - 1
+    gates: list = None   # gate values of the token so far
 
 
 def slot_attention(q, k, v, kv, at):
@@ -65,11 +65,12 @@ def slot_attention(q, k, v, kv, at):
     kv: the layer's cache (2, slots, n_iter, nh, L, hs), written in place. at: the N Slots, and where keys and values
     go: four int64 tensors (M,), of tokens 0 .. N - 1, slots, iterations and positions.
     """
-    active, (token, slot, it, pos) = at
-    kv[:, slot, it, :, pos] = torch.stack([k, v], dim=1)[token].to(kv.dtype)  # (M, 2, nh, hs); autocast's differ
+    active, (token, index, iteration, pos) = at
+    new = torch.stack([k, v], dim=1)[token]  # (M, 2, nh, hs)
+    kv[:, index, iteration, :, pos] = new.to(kv.dtype)  # under autocast they differ
     y = []
-    for n, s in enumerate(active):  # each attends to a view of its slot's part, so no cache is copied
-        K, V = kv[:, s.index, s.it, None, :, :s.pos + 1]  # (1, nh, pos + 1, hs) each
+    for n, slot in enumerate(active):  # each attends to a view of its slot's part, so no cache is copied
+        K, V = kv[:, slot.index, slot.iteration, None, :, :slot.pos + 1]  # (1, nh, pos + 1, hs) each
         y.append(F.scaled_dot_product_attention(q[n:n + 1, :, None], K, V))
     return torch.cat(y)[:, :, 0], kv
 
@@ -94,43 +95,44 @@ class Engine:
                 return self.policy(i, s, h, row + slot.seq, pos)
         idx, cache = torch.tensor([tokens], device=self.device), self.cache[:, :, slot.index:slot.index + 1]
         out = self.model.prefill(idx, cache, policy=policy, tau=self.tau, max_iter=self.max_iter)
-        slot.pos, slot.it = len(tokens) - 1, int(out.depth[0, -1]) - 1
-        slot.gates = out.gates[0, -1, :min(slot.it + 1, len(out.records))].tolist()
+        slot.pos, slot.iteration = len(tokens) - 1, int(out.depth[0, -1]) - 1
+        slot.gates = out.gates[0, -1, :min(slot.iteration + 1, len(out.records))].tolist()
         return self.model.head(out.hidden[:, -1])
 
     def step(self, active):
         """One iteration of each slot's token. Returns the slots whose tokens halted and their logits (N, vocab)."""
         model, K = self.model, self.model.cfg.n_iter
-        row, pos, seq = torch.tensor([(s.index, s.pos, s.seq) for s in active], device=self.device).unbind(1)
+        numbers = [(slot.index, slot.pos, slot.seq) for slot in active]
+        row, pos, seq = torch.tensor(numbers, device=self.device).unbind(1)
         # a token's keys and values go into all later iterations too: that is what those see if the token halts here
-        places = [(n, s.index, it, s.pos) for n, s in enumerate(active) for it in range(s.it, K)]
+        places = [(n, slot.index, i, slot.pos) for n, slot in enumerate(active) for i in range(slot.iteration, K)]
         at = active, torch.tensor(places, device=self.device).unbind(1)
         h, _ = model.backbone(self.E[row], [t[pos] for t in self.rope], slot_attention, self.cache.unbind(1), at)
 
         # each iteration has a gate of its own, the last has none
         gate = torch.zeros(len(h), device=self.device, dtype=torch.promote_types(h.dtype, torch.float32))
-        on = torch.zeros_like(gate, dtype=torch.bool)
-        for i in sorted({s.it for s in active} - {self.last}):
-            here = torch.tensor([n for n, s in enumerate(active) if s.it == i], device=self.device)
-            s, on[here] = model.decide(i, h[here], seq[here], pos[here], self.policy, self.tau)
-            gate[here] = s.to(gate.dtype)
+        goes_on = torch.zeros_like(gate, dtype=torch.bool)
+        for i in sorted({slot.iteration for slot in active} - {self.last}):
+            same = torch.tensor([n for n, slot in enumerate(active) if slot.iteration == i], device=self.device)
+            values, goes_on[same] = model.decide(i, h[same], seq[same], pos[same], self.policy, self.tau)
+            gate[same] = values.to(gate.dtype)
 
         # tokens that halted get logits, the others a pondering embedding, which begins with logits too: one product,
         # the largest of a step, makes both
-        go, halt = on.nonzero()[:, 0], (~on).nonzero()[:, 0]
-        logits = model.head(torch.where(on[:, None], model.ln_ponder(h), h))  # (N, vocab)
+        going, halted = goes_on.nonzero()[:, 0], (~goes_on).nonzero()[:, 0]
+        logits = model.head(torch.where(goes_on[:, None], model.ln_ponder(h), h))  # (N, vocab)
         if model.cfg.feedback == 'hidden':
-            e = model.ponder(h[go])
+            e = model.ponder(h[going])
         else:
-            e = model.expect(logits[go]) * model.cfg.embed_scale
+            e = model.expect(logits[going]) * model.cfg.embed_scale
         if model.cfg.objective == 'paper':
-            e = e * gate[go, None].to(e.dtype)
-        self.E.index_add_(0, row[go], e.to(self.E.dtype))
-        for slot, s, goes_on in zip(active, gate.tolist(), on.tolist()):
-            if slot.it < self.last:
-                slot.gates.append(s)
-            slot.it += goes_on
-        return [active[n] for n in halt.tolist()], [logits[halt]]
+            e = e * gate[going, None].to(e.dtype)
+        self.E.index_add_(0, row[going], e.to(self.E.dtype))
+        for slot, value, one_more in zip(active, gate.tolist(), goes_on.tolist()):
+            if slot.iteration < self.last:
+                slot.gates.append(value)
+            slot.iteration += one_more
+        return [active[n] for n in halted.tolist()], [logits[halted]]
 
 
 @torch.inference_mode()
@@ -183,7 +185,7 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=No
         tokens = sample(logits, u, temperature, top_k, top_p)
         nlls = F.cross_entropy(logits.float(), tokens, reduction='none')
         for slot, token, nll in zip(ready, tokens.tolist(), nlls.tolist()):
-            yield Step(slot.seq, token, slot.it + 1, slot.gates, nll)
+            yield Step(slot.seq, token, slot.iteration + 1, slot.gates, nll)
             texts[slot.seq].append(token)
             budget[slot.seq] -= 1
             finished = budget[slot.seq] == 0 or token == stop_token
@@ -193,7 +195,7 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=No
             if outgrown or finished:
                 active.remove(slot)
                 free.append(slot.index)
-            slot.pos, slot.it, slot.gates = slot.pos + 1, 0, []
+            slot.pos, slot.iteration, slot.gates = slot.pos + 1, 0, []
         engine.E[[slot.index for slot in ready]] = model.embed_tokens(tokens)
 
 

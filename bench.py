@@ -44,7 +44,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import sample
-from model import AdaPonderConfig, AdaPonderLM, hash_uniform, load_checkpoint
+from model import AdaPonderConfig, AdaPonderLM, hash_uniform
 from prepare_data import UsageError, check_writable, command_line, write_beside
 from sample import stream
 from train import GPUS, Windows, get_autocast, get_device, in_steps, load_config, load_meta
@@ -100,13 +100,17 @@ def config_of(path, changes=()):
 
 
 def load(path, a):
-    """The model at path, and the dict of its checkpoint or {}. path: of train.py, or a config for random weights."""
+    """The model at path, and the dict of its checkpoint or {}.
+
+    path: a checkpoint of train.py or the folder of one, or a config for random weights.
+    """
     state = {}
     if path.endswith('.py'):
         torch.manual_seed(a.seed)
         model = AdaPonderLM(config_of(path)[0])
     else:
-        state = load_checkpoint(path)
+        path = sample.find_ckpt(path)
+        state = sample.load_state(path)
         model = AdaPonderLM.from_state(state, path)
     return model.to(a.device, getattr(torch, a.dtype)).eval().requires_grad_(False), state
 
@@ -201,6 +205,8 @@ def measure(model, x, a, policy=None, **halting):
         out = model(part[:, :-1], part[:, 1:], execution='packed', policy=policy and with_row, **halting)
         depth.append(out.depth.cpu())
         nll.append(out.nll.cpu().double())  # float64 on the CPU alone: some devices have none
+        if not nll[-1].isfinite().all():
+            raise UsageError('the model predicts NaN or infinity: its weights are damaged, or its training diverged')
     return torch.cat(depth), torch.cat(nll)
 
 
@@ -303,11 +309,14 @@ def load_models(a):
 def ppl(a):
     """Perplexity on the val split under every halting policy at equal FLOPs.
 
-    A policy has one number, as a threshold, that decides how much halts: it is set so that these windows cost as much.
+    A policy has one number, as a threshold, that decides how much halts. It is changed until its FLOPs on these windows
+    equal those of the learned gates.
     """
     models, state = load_models(a)
     (main, model), config = next(iter(models.items())), state.get('train_config', {})
-    cfg, folder = model.cfg, a.data or config.get('data_dir', '')
+    cfg, folder = model.cfg, a.data or config.get('data_dir')
+    if not isinstance(folder, str):
+        raise UsageError(f'{a.ckpt} does not say what data it was trained on: give --data')
     x = val_text(folder, model, state, max(2, a.eval_tokens // cfg.block_size), cfg.block_size)
     full = float(cost_table(replace(cfg, halting=False), cfg.block_size)[:, -1].mean())
     shares = {f'save {share:.3g}': (1 - share) * full for share in a.save}
@@ -395,6 +404,11 @@ def results(a):
             groups = mean_over_seeds(found)
             text = tables(groups)
             names = [(row['seed'], *(row[key] for key in KEYS['rows'])) for row in found['rows']]
+            for kind, rows in found.items():  # what the tables and the pictures show
+                if any(FORMS[kind].keys() - row.keys() - {'seeds', 'over_learned'} for row in rows):
+                    raise KeyError(kind)
+            if not names:
+                raise KeyError('rows')
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UsageError(f'{path} is not a JSON file of bench.py ppl, nor a results.json') from None
         if len(set(names)) < len(names):
@@ -741,10 +755,10 @@ def downstream(a):
         from lm_eval.utils import make_table
     except ImportError:
         raise UsageError('downstream needs lm-evaluation-harness: pip install lm-eval') from None
-    model, enc = sample.load(a.ckpt, a.tokenizer, getattr(torch, a.dtype))
+    model, enc = sample.load(a.ckpt, getattr(torch, a.dtype))
     model = model.to(a.device).eval().requires_grad_(False)
     if enc.eot_token >= model.cfg.vocab_size:
-        raise UsageError('the tokenizer has more tokens than the model: give the one that it was trained with')
+        raise UsageError(f'{a.ckpt}: the tokenizer beside it has more tokens than the model, it belongs to another one')
     lm, manager, found = harness_model(model, enc, a), TaskManager(), {}
     for task in a.tasks.split(','):
         if task not in manager.all_tasks and not Path(task).is_file():
@@ -766,32 +780,45 @@ COLUMNS = dict(run='{}', tokens='{:,}', loss='{:.4f}', val_loss='{:.4f}', depth=
 PANELS = ('loss', 'val_loss', 'depth', 'val_depth', 'grad_norm', 'gate_mean', 'tokens_per_second', 'lr')
 
 
+def read_log(folder):
+    """The log of a run: its records, dicts, its row of the table, and key -> (steps, values) for the picture."""
+    path, records, points = Path(folder) / 'log.jsonl', [], {}
+    for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
+        try:
+            records.append(json.loads(line))
+        except (ValueError, RecursionError):
+            continue  # a killed run was writing it
+    try:
+        records = [{key: value for key, value in record.items() if value not in (None, [])} for record in records]
+        row = {key: value for record in records for key, value in record.items()}  # what each key said last
+        row['run'] = folder
+        table([row], COLUMNS)
+        for key in PANELS:  # gate_mean has a value for each gate: a line each
+            pairs = [(float(record['step']), record[key]) for record in records if key in record]
+            points[key] = [pair[0] for pair in pairs], np.array([pair[1] for pair in pairs], float)
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as e:
+        raise UsageError(f'{path} was not written by train.py ({type(e).__name__}: {e})') from None
+    return records, row, points
+
+
 def curves(a):
-    """The logs of runs side by side: a table of how far they are, and a picture. loss is the cross entropy."""
-    logs, rows = defaultdict(list), []
-    for folder in a.folders:
-        rows.append(dict(run=folder))
-        for line in (Path(folder) / 'log.jsonl').read_text(encoding='utf-8', errors='replace').splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue  # a killed run was writing it
-            logs[folder].append({key: value for key, value in record.items() if value not in (None, [])})
-            rows[-1].update(logs[folder][-1])  # what each key said last
-    print(table(rows, COLUMNS))
+    """The logs of runs side by side: a table of their last values, and a picture. loss is the cross entropy."""
+    if Path(a.out).suffix not in ('.png', '.pdf', '.svg'):
+        raise UsageError(f'--out must end in .png, .pdf or .svg, not {a.out}')
+    logs = {folder: read_log(folder) for folder in a.folders}
+    Path(a.out).parent.mkdir(parents=True, exist_ok=True)
+    check_writable(a.out)
+    print(table([row for records, row, points in logs.values()], COLUMNS))
 
     def draw(ax, key):
-        for n, (folder, records) in enumerate(logs.items()):
-            points = [(record['step'], record[key]) for record in records if key in record]
-            if points:  # gate_mean has a value for each gate: a line each
-                steps, values = zip(*points)
-                ax.plot(steps, np.array(values, float), color=f'C{n}', alpha=0.75, lw=1, label=folder)
+        for n, (folder, (records, row, points)) in enumerate(logs.items()):
+            if points[key][0]:
+                ax.plot(*points[key], color=f'C{n}', alpha=0.75, lw=1, label=folder)
         ax.set(xlabel='step', yscale='log' if key == 'grad_norm' else 'linear')
         if key == PANELS[0]:
             ax.legend(fontsize=7)
-    Path(a.out).parent.mkdir(parents=True, exist_ok=True)
     save_figure(a.out, draw, dict(zip(PANELS, PANELS)), 4, 4.5, 3.5)
-    return dict(runs=logs)
+    return dict(runs={folder: records for folder, (records, row, points) in logs.items()})
 
 
 # -----------------------------------------------------------------------------
@@ -830,7 +857,7 @@ def make_parser():
     arg('--config', '--ckpt', dest='paths', nargs='+', type=PATH, action='extend', required=True)
 
     arg = command(ppl)
-    arg('--ckpt', required=True, type=PATH, help='a ckpt.pt of train.py')
+    arg('--ckpt', required=True, type=PATH, help='a ckpt.pt of train.py, or its folder')
     arg('--data', type=PATH, help='a folder of prepare_data.py; default: the one that the checkpoint was trained on')
     arg('--others', nargs='+', default=[], metavar='NAME=CKPT', help='models to compare with, of the same data')
     arg('--policies', nargs='+', choices=POLICIES, default=POLICIES)
@@ -858,13 +885,12 @@ def make_parser():
     arg('--set', nargs='*', default=[], metavar='KEY=VALUE', help='changes to the config')
     arg('--gpu', default='H100', choices=GPUS)
     arg('--gpus', type=COUNT, default=8)
-    arg('--mfu', type=number(float, 1e-3, 1), default=0.4, help='share of the peak that is reached, see train.py')
+    arg('--mfu', type=number(float, 1e-3, 1), default=0.4, help="share of the GPU's peak FLOP/s that is reached")
     arg('--price', type=number(float, 0), help='dollars a GPU hour')
 
     arg = command(downstream)
-    arg('--ckpt', required=True, type=PATH, help='a ckpt.pt of train.py or a GPT-NeoX folder')
+    arg('--ckpt', required=True, type=PATH, help='as sample.py has it: its tokenizer lies beside it')
     arg('--tasks', required=True, help='lambada_openai,piqa,arc_easy,..., or the YAML file of a task of your own')
-    arg('--tokenizer', type=PATH, help="a tokenizer.json; default: the checkpoint's")
     arg('--num_fewshot', type=number(int, 0))
     arg('--limit', type=COUNT, help='documents a task')
     arg('--tau', type=SHARE)

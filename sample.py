@@ -52,11 +52,11 @@ class Step(NamedTuple):
 @dataclass
 class Slot:
     """A sequence in flight, and where the token that it runs stands."""
-    index: int          # its row of the cache and of the inputs
-    seq: int            # index of its prompt
-    pos: int = 0        # position of the token in the context
-    it: int = 0         # iteration of the token, 0 .. n_iter - 1
-    gates: list = None  # gate values of the token so far
+    index: int           # its row of the cache and of the inputs
+    seq: int             # index of its prompt
+    pos: int = 0         # position of the token in the context
+    iteration: int = 0   # of the token, 0 .. n_iter - 1
+    gates: list = None   # gate values of the token so far
 
 
 def slot_attention(q, k, v, kv, at):
@@ -65,11 +65,12 @@ def slot_attention(q, k, v, kv, at):
     kv: the layer's cache (2, slots, n_iter, nh, L, hs), written in place. at: the N Slots, and where keys and values
     go: four int64 tensors (M,), of tokens 0 .. N - 1, slots, iterations and positions.
     """
-    active, (token, slot, it, pos) = at
-    kv[:, slot, it, :, pos] = torch.stack([k, v], dim=1)[token]  # (M, 2, nh, hs)
+    active, (token, index, iteration, pos) = at
+    new = torch.stack([k, v], dim=1)[token]  # (M, 2, nh, hs)
+    kv[:, index, iteration, :, pos] = new.to(kv.dtype)  # under autocast they differ
     y = []
-    for n, s in enumerate(active):  # each attends to a view of its slot's part, so no cache is copied
-        K, V = kv[:, s.index, s.it, None, :, :s.pos + 1]  # (1, nh, pos + 1, hs) each
+    for n, slot in enumerate(active):  # each attends to a view of its slot's part, so no cache is copied
+        K, V = kv[:, slot.index, slot.iteration, None, :, :slot.pos + 1]  # (1, nh, pos + 1, hs) each
         y.append(F.scaled_dot_product_attention(q[n:n + 1, :, None], K, V))
     return torch.cat(y)[:, :, 0], kv
 
@@ -94,43 +95,44 @@ class Engine:
                 return self.policy(i, s, h, row + slot.seq, pos)
         idx, cache = torch.tensor([tokens], device=self.device), self.cache[:, :, slot.index:slot.index + 1]
         out = self.model.prefill(idx, cache, policy=policy, tau=self.tau, max_iter=self.max_iter)
-        slot.pos, slot.it = len(tokens) - 1, int(out.depth[0, -1]) - 1
-        slot.gates = out.gates[0, -1, :min(slot.it + 1, len(out.records))].tolist()
+        slot.pos, slot.iteration = len(tokens) - 1, int(out.depth[0, -1]) - 1
+        slot.gates = out.gates[0, -1, :min(slot.iteration + 1, len(out.records))].tolist()
         return self.model.head(out.hidden[:, -1])
 
     def step(self, active):
         """One iteration of each slot's token. Returns the slots whose tokens halted and their logits (N, vocab)."""
         model, K = self.model, self.model.cfg.n_iter
-        row, pos, seq = torch.tensor([(s.index, s.pos, s.seq) for s in active], device=self.device).unbind(1)
+        numbers = [(slot.index, slot.pos, slot.seq) for slot in active]
+        row, pos, seq = torch.tensor(numbers, device=self.device).unbind(1)
         # a token's keys and values go into all later iterations too: that is what those see if the token halts here
-        places = [(n, s.index, it, s.pos) for n, s in enumerate(active) for it in range(s.it, K)]
+        places = [(n, slot.index, i, slot.pos) for n, slot in enumerate(active) for i in range(slot.iteration, K)]
         at = active, torch.tensor(places, device=self.device).unbind(1)
         h, _ = model.backbone(self.E[row], [t[pos] for t in self.rope], slot_attention, self.cache.unbind(1), at)
 
         # each iteration has a gate of its own, the last has none
         gate = torch.zeros(len(h), device=self.device, dtype=torch.promote_types(h.dtype, torch.float32))
-        on = torch.zeros_like(gate, dtype=torch.bool)
-        for i in sorted({s.it for s in active} - {self.last}):
-            here = torch.tensor([n for n, s in enumerate(active) if s.it == i], device=self.device)
-            s, on[here] = model.decide(i, h[here], seq[here], pos[here], self.policy, self.tau)
-            gate[here] = s.to(gate.dtype)
+        goes_on = torch.zeros_like(gate, dtype=torch.bool)
+        for i in sorted({slot.iteration for slot in active} - {self.last}):
+            same = torch.tensor([n for n, slot in enumerate(active) if slot.iteration == i], device=self.device)
+            values, goes_on[same] = model.decide(i, h[same], seq[same], pos[same], self.policy, self.tau)
+            gate[same] = values.to(gate.dtype)
 
         # tokens that halted get logits, the others a pondering embedding, which begins with logits too: one product,
         # the largest of a step, makes both
-        go, halt = on.nonzero()[:, 0], (~on).nonzero()[:, 0]
-        logits = model.head(torch.where(on[:, None], model.ln_ponder(h), h))  # (N, vocab)
+        going, halted = goes_on.nonzero()[:, 0], (~goes_on).nonzero()[:, 0]
+        logits = model.head(torch.where(goes_on[:, None], model.ln_ponder(h), h))  # (N, vocab)
         if model.cfg.feedback == 'hidden':
-            e = model.ponder(h[go])
+            e = model.ponder(h[going])
         else:
-            e = model.expect(logits[go]) * model.cfg.embed_scale
+            e = model.expect(logits[going]) * model.cfg.embed_scale
         if model.cfg.objective == 'paper':
-            e = e * gate[go, None].to(e.dtype)
-        self.E.index_add_(0, row[go], e.to(self.E.dtype))
-        for slot, s, goes_on in zip(active, gate.tolist(), on.tolist()):
-            if slot.it < self.last:
-                slot.gates.append(s)
-            slot.it += goes_on
-        return [active[n] for n in halt.tolist()], [logits[halt]]
+            e = e * gate[going, None].to(e.dtype)
+        self.E.index_add_(0, row[going], e.to(self.E.dtype))
+        for slot, value, one_more in zip(active, gate.tolist(), goes_on.tolist()):
+            if slot.iteration < self.last:
+                slot.gates.append(value)
+            slot.iteration += one_more
+        return [active[n] for n in halted.tolist()], [logits[halted]]
 
 
 @torch.inference_mode()
@@ -156,6 +158,8 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=No
     generators = list(generator) if isinstance(generator, (list, tuple)) else [generator] * len(texts)
     if not len(texts) == len(budget) == len(generators):
         raise ValueError(f'{len(texts)} prompts, {len(budget)} numbers of new tokens, {len(generators)} generators')
+    if min(budget, default=0) < 0:
+        raise ValueError(f'max_new_tokens must be at least 0, not {min(budget)}')
 
     slots = max(1, min(slots, len(texts)))
     length = min(model.cfg.block_size, max((len(t) + n for t, n in zip(texts, budget)), default=1))
@@ -181,7 +185,7 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=No
         tokens = sample(logits, u, temperature, top_k, top_p)
         nlls = F.cross_entropy(logits.float(), tokens, reduction='none')
         for slot, token, nll in zip(ready, tokens.tolist(), nlls.tolist()):
-            yield Step(slot.seq, token, slot.it + 1, slot.gates, nll)
+            yield Step(slot.seq, token, slot.iteration + 1, slot.gates, nll)
             texts[slot.seq].append(token)
             budget[slot.seq] -= 1
             finished = budget[slot.seq] == 0 or token == stop_token
@@ -191,23 +195,21 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=No
             if outgrown or finished:
                 active.remove(slot)
                 free.append(slot.index)
-            slot.pos, slot.it, slot.gates = slot.pos + 1, 0, []
+            slot.pos, slot.iteration, slot.gates = slot.pos + 1, 0, []
         engine.E[[slot.index for slot in ready]] = model.embed_tokens(tokens)
 
 
-def read(model, tokens, **halting):
+def score_prompt(model, tokens, **halting):
     """A Step for each token of a text that is already there, seq None: depth, gates and NLL of predicting it.
 
-    What nothing predicted has depth None: the first token, and those before the last block_size ones.
-    halting: tau, max_iter.
+    Nothing predicted the first token: its depth is None. tokens: 1 to block_size. halting: tau, max_iter.
     """
-    context = tokens[-model.cfg.block_size:]
-    steps = [Step(None, token, None, [], None) for token in tokens[:len(tokens) - len(context) + 1]]
-    if len(context) > 1:
-        x = torch.tensor([context], device=model.embed.weight.device)
+    steps = [Step(None, tokens[0], None, [], None)]
+    if len(tokens) > 1:
+        x = torch.tensor([tokens], device=model.embed.weight.device)
         out = model(x[:, :-1], x[:, 1:], execution='packed', **halting)
         values = (t[0].tolist() for t in (out.depth, out.gates, out.nll))
-        for token, depth, gates, nll in zip(context[1:], *values):
+        for token, depth, gates, nll in zip(tokens[1:], *values):
             steps.append(Step(None, token, depth, gates[:min(depth, len(out.records))], nll))
     return steps
 
@@ -343,20 +345,37 @@ bold. Point at a token, or move with Tab, for its NLL and gate values.</p>
 # -----------------------------------------------------------------------------
 # The command
 
+def find_ckpt(ckpt):
+    """The Path of a checkpoint; of a run's folder, that of the ckpt.pt in it."""
+    path = Path(os.path.expanduser(ckpt))
+    return path / 'ckpt.pt' if (path / 'ckpt.pt').is_file() else path
+
+
+def load_state(path):
+    """The dict of a checkpoint of train.py; its meta and its train_config are dicts too, empty where it has none."""
+    state = load_checkpoint(path)
+    for key in ('meta', 'train_config'):
+        state[key] = state.get(key) or {}
+        if not isinstance(state[key], dict):
+            raise UsageError(f'{path} is damaged or of another version: its {key} is no dict')
+    return state
+
+
 def load(ckpt, dtype):
     """The model of a checkpoint, a run's folder, or a Hugging Face folder or hub name, and its tokenizer."""
-    path = Path(os.path.expanduser(ckpt))
-    if (path / 'ckpt.pt').is_file():
-        path = path / 'ckpt.pt'
+    path = find_ckpt(ckpt)
     if path.suffix == '.pt' or path.is_file():
-        state = load_checkpoint(path)
-        return AdaPonderLM.from_state(state, path).to(dtype), load_tokenizer(state.get('meta', {}), path.parent)
+        state = load_state(path)
+        return AdaPonderLM.from_state(state, path).to(dtype), load_tokenizer(state['meta'], path.parent)
     if path.is_dir() and not (path / 'config.json').is_file():
         raise UsageError(f"{path} holds neither train.py's ckpt.pt nor Hugging Face's config.json")
+    # a hub name has two parts, and the first is no folder here
+    if not path.is_dir() and (path.is_absolute() or ckpt.count('/') != 1 or path.parent.is_dir()):
+        raise UsageError(f'there is no {path}: give a checkpoint, a folder with one or a hub name like EleutherAI/NAME')
     transformers = optional('transformers', path)
-    model = AdaPonderLM.from_pretrained(ckpt, dtype=dtype)
-    if not hasattr(transformers.AutoConfig.from_pretrained(path if path.is_dir() else ckpt), 'ponderinglm'):
-        model = AdaPonderLM.from_pretrained(ckpt, n_iter=1, dtype=dtype)  # a plain Pythia
+    config, _ = transformers.PretrainedConfig.get_config_dict(path if path.is_dir() else ckpt)
+    n_iter = None if 'ponderinglm' in config else 1  # a plain Pythia
+    model = AdaPonderLM.from_pretrained(ckpt, n_iter, dtype)
     folder = model.tokenizer_files[0].parent if model.tokenizer_files else path  # a hub name's is in a cache
     meta = folder / 'meta.json'
     if meta.is_file():
@@ -373,7 +392,7 @@ def read_text(data, name):
 
 
 def encode(model, enc, text, name):
-    """The tokens of a prompt. name: what messages call it."""
+    """The tokens of a prompt that the model sees, the last block_size ones. name: what messages call it."""
     tokens = enc.encode_ordinary(text)
     if not tokens:
         raise UsageError(f'{name} is empty: give at least one character')
@@ -382,7 +401,7 @@ def encode(model, enc, text, name):
                          'the tokenizer is not the one that the model was trained with')
     if len(tokens) > model.cfg.block_size:
         print(f'{name} has {len(tokens)} tokens: the model sees the last {model.cfg.block_size}', file=sys.stderr)
-    return tokens
+    return tokens[-model.cfg.block_size:]
 
 
 def read_jobs(path):
@@ -404,19 +423,17 @@ def read_jobs(path):
     return jobs
 
 
-def run_batch(a, model, enc, stop):
+def run_batch(args, model, enc, stop):
     """JSON lines in, JSON lines out, in the order of the input.
 
     Returns (length of the prompt, Steps) of each, and seconds.
     """
-    jobs, prompts = read_jobs(a.prompts), []
-    for n, job in enumerate(jobs, 1):
-        tokens = encode(model, enc, job['prompt'], f'{a.prompts}: prompt {n}')
-        prompts.append(tokens[-model.cfg.block_size:])
-    budget = [job.get('max_new_tokens', a.max_new_tokens) for job in jobs]
-    generators = [torch.Generator().manual_seed(a.seed + n) for n in range(len(jobs))]
-    steps = stream(model, prompts, budget, a.temperature, a.top_k, a.top_p, generators, a.tau, a.max_iter,
-                   slots=a.batch, stop_token=stop)
+    jobs = read_jobs(args.prompts)
+    prompts = [encode(model, enc, job['prompt'], f'{args.prompts}: prompt {n}') for n, job in enumerate(jobs, 1)]
+    budget = [job.get('max_new_tokens', args.max_new_tokens) for job in jobs]
+    generators = [torch.Generator().manual_seed(args.seed + n) for n in range(len(jobs))]
+    steps = stream(model, prompts, budget, args.temperature, args.top_k, args.top_p, generators, args.tau,
+                   args.max_iter, slots=args.batch, stop_token=stop)
     made, lines = [[] for _ in jobs], []
     start = time.perf_counter()
     for step in tqdm(steps, total=sum(budget), unit='token', dynamic_ncols=True):
@@ -428,38 +445,37 @@ def run_batch(a, model, enc, stop):
         result = {**job, 'completion': data.decode(errors='replace'), 'tokens': len(steps), 'mean_depth': depth}
         lines.append(json.dumps(result, ensure_ascii=False) + '\n')
     data = ''.join(lines).encode('utf-8', 'backslashreplace')  # a lone surrogate in another key becomes its escape
-    if a.out:
-        write_beside(a.out, data)
+    if args.out:
+        write_beside(args.out, data)
     else:
         print(data.decode(), end='')
     return [(len(tokens), steps) for tokens, steps in zip(prompts, made)], seconds
 
 
-def run_samples(a, model, enc, stop):
-    """Print a.num_samples continuations of one prompt as they are made.
+def run_samples(args, model, enc, stop):
+    """Print args.num_samples continuations of one prompt as they are made.
 
-    Returns (length of the prompt, Steps) of each, seconds, and the Steps of the prompt, see read().
+    Returns (length of the prompt, Steps) of each, seconds, and the Steps of the prompt, see score_prompt().
     """
-    if a.prompt is not None:  # bytes that the locale does not know arrive as surrogates
-        data = a.prompt.encode('utf-8', 'surrogateescape')
-    elif a.prompt_file:
-        data = Path(os.path.expanduser(a.prompt_file)).read_bytes()
+    if args.prompt is not None:  # bytes that the locale does not know arrive as surrogates
+        data = args.prompt.encode('utf-8', 'surrogateescape')
+    elif args.prompt_file:
+        data = Path(os.path.expanduser(args.prompt_file)).read_bytes()
     else:
         if sys.stdin.isatty():
             print('Type a text to continue, then Ctrl-D on a line of its own.', file=sys.stderr)
         data = sys.stdin.buffer.read()
-    tokens = encode(model, enc, read_text(data, a.prompt_file or 'the prompt'), 'the prompt')
-    context, K = tokens[-model.cfg.block_size:], model.cfg.n_iter
-    start = time.perf_counter()
-    prompt = read(model, tokens, tau=a.tau, max_iter=a.max_iter)
-    if a.depth:
+    tokens = encode(model, enc, read_text(data, args.prompt_file or 'the prompt'), 'the prompt')
+    start, K = time.perf_counter(), model.cfg.n_iter
+    prompt = score_prompt(model, tokens, tau=args.tau, max_iter=args.max_iter)
+    if args.depth:
         legend = ''.join(paint(f' {d} ', d, K) for d in range(1, K + 1))
         print(f'iterations {legend}, the prompt is {paint("bold", None, K, bold=True)}\n')
     runs = []
-    for n in range(a.num_samples):
-        generator = torch.Generator().manual_seed(a.seed + n)
-        steps = stream(model, [context], a.max_new_tokens, a.temperature, a.top_k, a.top_p, generator, a.tau,
-                       a.max_iter, stop_token=stop)
+    for n in range(args.num_samples):
+        generator = torch.Generator().manual_seed(args.seed + n)
+        steps = stream(model, [tokens], args.max_new_tokens, args.temperature, args.top_k, args.top_p, generator,
+                       args.tau, args.max_iter, stop_token=stop)
         if n:
             print('\n' + '-' * 20)
         made = []
@@ -467,12 +483,12 @@ def run_samples(a, model, enc, stop):
             made += [step for step in group if step.seq is not None]
             if group[-1].token == stop and made:
                 text = text.removesuffix(EOT)  # it ends the sample, and is not shown
-            if a.depth:
+            if args.depth:
                 text = paint(text, depth_of(group), K, bold=group[0].seq is None)
             elif sys.stdout.isatty():
                 text = visible(text)
             print(text, end='', flush=True)
-        runs.append((len(context), made))
+        runs.append((len(tokens), made))
     print()
     return runs, time.perf_counter() - start, prompt
 
@@ -500,40 +516,40 @@ def parse(argv):
     p.add_argument('--ignore_eot', action='store_true', help='go on after <|endoftext|>')
     p.add_argument('--device', default='auto', help='cpu, cuda, cuda:1, mps; default cuda where there is one')
     p.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
-    a = p.parse_args(argv)
-    check_sampling(a.temperature, a.top_k, a.top_p)
-    if a.tau is not None and not 0 <= a.tau < 1:
-        raise UsageError(f'tau must be in [0, 1), not {a.tau}')
-    if a.max_new_tokens < 0 or a.num_samples < 1 or a.batch < 1 or not 0 <= a.seed < 2 ** 62:
+    args = p.parse_args(argv)
+    check_sampling(args.temperature, args.top_k, args.top_p)
+    if args.tau is not None and not 0 <= args.tau < 1:
+        raise UsageError(f'tau must be in [0, 1), not {args.tau}')
+    if args.max_new_tokens < 0 or args.num_samples < 1 or args.batch < 1 or not 0 <= args.seed < 2 ** 62:
         raise UsageError('max_new_tokens must be at least 0, num_samples and batch at least 1, seed in [0, 2^62)')
-    if bool(a.prompts) < bool(a.out) or (a.prompts and (a.html or a.depth or a.num_samples > 1)):
+    if bool(args.prompts) < bool(args.out) or (args.prompts and (args.html or args.depth or args.num_samples > 1)):
         raise UsageError('--out is for --prompts, and --html, --depth and --num_samples for a single prompt')
-    for path in (a.html, a.out):
+    for path in (args.html, args.out):
         if path is not None:
             check_writable(path)
-    return a
+    return args
 
 
 @torch.inference_mode()
 def main(argv=None):
-    a = parse(argv)
+    args = parse(argv)
     from train import get_device  # here, because importing train takes a second, and only the command needs it
-    device = get_device(a.device)
-    model, enc = load(a.ckpt, getattr(torch, a.dtype))
+    device = get_device(args.device)
+    model, enc = load(args.ckpt, getattr(torch, args.dtype))
     model = model.to(device).eval()
-    model.check_max_iter(a.max_iter)
-    stop = None if a.ignore_eot else enc._special_tokens[EOT]
-    if a.prompts:
-        runs, seconds = run_batch(a, model, enc, stop)
+    model.check_max_iter(args.max_iter)
+    stop = None if args.ignore_eot else enc._special_tokens[EOT]
+    if args.prompts:
+        runs, seconds = run_batch(args, model, enc, stop)
     else:
-        runs, seconds, prompt = run_samples(a, model, enc, stop)
-    line = summary(model, runs, seconds, a.max_iter)
+        runs, seconds, prompt = run_samples(args, model, enc, stop)
+    line = summary(model, runs, seconds, args.max_iter)
     print(line, file=sys.stderr)
-    if a.html:
+    if args.html:
         samples = [prompt + steps for length, steps in runs]
-        page = html_page(f'AdaPonderLM, {a.ckpt}', line, samples, enc, model.cfg.n_iter)
-        write_beside(a.html, page.encode('utf-8', 'backslashreplace'))
-        print(f'wrote {a.html}', file=sys.stderr)
+        page = html_page(f'AdaPonderLM, {args.ckpt}', line, samples, enc, model.cfg.n_iter)
+        write_beside(args.html, page.encode('utf-8', 'backslashreplace'))
+        print(f'wrote {args.html}', file=sys.stderr)
 
 
 if __name__ == '__main__':

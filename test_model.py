@@ -396,9 +396,27 @@ def test_engine_says_what_the_network_says():
     assert list(stream(m, [[5, 6, 7]], 20, generator=seeded(), stop_token=stop)) == steps[:first + 1]
 
 
+@pytest.mark.parametrize('config', [PAPER, dict(feedback='hidden'), dict(halting=False)])
+def test_engine_under_autocast_is_near_float32(config):
+    m = tiny(torch.float32, block_size=64, **config)
+    prompts = [random_tokens(n, seed=n).tolist() for n in (3, 9, 5)]
+    policy = random_policy(0.5) if m.cfg.halting else None  # rather than gates, which a rounding error may flip
+    made = [[] for _ in prompts]
+    with torch.autocast('cpu', torch.bfloat16):
+        for step in stream(m, prompts, 12, temperature=0, slots=2, policy=policy):
+            made[step.seq].append(step)
+    for n, (prompt, steps) in enumerate(zip(prompts, made)):
+        text = torch.tensor([prompt + [step.token for step in steps]])
+        out = m(text[:, :-1], text[:, 1:], policy=policy and (lambda i, s, h, row, pos: policy(i, s, h, row + n, pos)))
+        assert [step.depth for step in steps] == out.depth[0, len(prompt) - 1:].tolist()
+        nll = out.nll[0, len(prompt) - 1:].tolist()
+        assert [step.nll for step in steps] == pytest.approx(nll, abs=0.05)  # bfloat16's three digits
+
+
 @pytest.mark.parametrize('kw, words', [
     (dict(prompts=[[1], []]), 'at least one token'), (dict(prompts=[[61]]), 'tokens from 0 to 60'),
     (dict(generator=[torch.Generator()]), '1 generators'), (dict(max_new_tokens=[3]), '1 numbers of new tokens'),
+    (dict(max_new_tokens=-3), 'at least 0'), (dict(max_new_tokens=[1, -1]), 'at least 0'),
     (dict(top_p=0.0), 'top_p'), (dict(max_iter=5), 'max_iter')])
 def test_engine_refuses_nonsense(kw, words):
     with pytest.raises(ValueError, match=words):
@@ -707,9 +725,9 @@ def test_a_prompt_longer_than_the_context_is_cropped_with_a_word(ckpt, tmp_path,
     text, args = 'abcdefghij' * 10, ('--ckpt', ckpt, '--ignore_eot', '--max_new_tokens', 9)
     got = run_sample(capsys, *args, '--prompt', text, '--html', tmp_path / 'p.html')
     assert '100 tokens' in got.err and 'last 64' in got.err
-    assert got.out == text[:36] + run_sample(capsys, *args, '--prompt', text[36:]).out
+    assert got.out == run_sample(capsys, *args, '--prompt', text[36:]).out
     tips = [tip for _, _, tip in page_tokens(tmp_path / 'p.html')]
-    assert ['nothing predicted' in tip for tip in tips] == [True] * 37 + [False] * (len(tips) - 37)
+    assert ['nothing predicted' in tip for tip in tips] == [True] + [False] * (len(tips) - 1)
 
 
 def test_a_saved_folder_is_sampled_with_its_own_tokenizer(tmp_path, capsys):
@@ -729,7 +747,8 @@ def test_a_saved_folder_is_sampled_with_its_own_tokenizer(tmp_path, capsys):
     ('--prompt_file none', 'No such file'), ('--prompt_file latin', 'latin is not UTF-8 text'),
     ('--ckpt none.pt', 'no checkpoint at none.pt'), ('--ckpt latin', 'not a readable checkpoint'),
     ('--ckpt .', 'holds neither'), ('--ckpt other.pt', 'other.pt is a checkpoint of another project'),
-    ('--ckpt no_meta.pt', 'names no tokenizer'), ('--ckpt no_embed.pt', 'of another version'),
+    ('--ckpt no_meta.pt', 'names no tokenizer'), ('--ckpt list_meta.pt', 'damaged'), ('--ckpt ./no/run', 'there is no'),
+    ('--ckpt run/no', 'there is no'), ('--ckpt /no/run', 'there is no'), ('--ckpt no_embed.pt', 'of another version'),
     ('--ckpt narrow.pt', 'token 120, outside the vocabulary of 100'), ('--temperature -1', 'temperature must be'),
     ('--temperature nan', 'temperature must be'), ('--top_k 0', 'top_k at least 1'), ('--top_p 1.5', 'top_p in'),
     ('--tau 1', 'tau must be in'), ('--max_iter 5', 'max_iter must be 1 to n_iter = 4'),
@@ -744,7 +763,9 @@ def test_sample_refuses_with_a_sentence(ckpt, tmp_path, monkeypatch, args, words
     monkeypatch.chdir(tmp_path)
     state = torch.load(ckpt, weights_only=True)
     torch.save({'model': {}}, 'other.pt')
-    torch.save({**state, 'meta': {}}, 'no_meta.pt')
+    torch.save({**state, 'meta': None}, 'no_meta.pt')
+    torch.save({**state, 'meta': [1]}, 'list_meta.pt')
+    os.mkdir('run')
     torch.save({**state, 'model': {n: t for n, t in state['model'].items() if 'embed' not in n}}, 'no_embed.pt')
     save_ckpt(AdaPonderLM(AdaPonderConfig(100, 32, 1, 2, 16)), Path('narrow.pt'))
     write_files(tmp_path, {
@@ -2481,6 +2502,27 @@ def test_harness_adapter(tmp_path):
     assert texts == theirs.generate_until(ask('generate_until', until), disable_tqdm=True)
 
 
+def test_downstream_runs_tasks_at_adaptive_depth(ckpt, monkeypatch):
+    """The command with lm-eval replaced: its evaluation asks for one text."""
+    def evaluate(lm, tasks, **settings):
+        request = SimpleNamespace(args=('To be', dict(max_gen_toks=9)))
+        return dict(results={tasks[0]: lm.generate_until([request])[0]})
+    tasks = SimpleNamespace(TaskManager=lambda: SimpleNamespace(all_tasks=['echo']))
+    base = SimpleNamespace(TemplateLM=type('TemplateLM', (), {}))
+    utils = SimpleNamespace(make_table=str)
+    modules = {'': SimpleNamespace(simple_evaluate=evaluate, utils=utils), '.tasks': tasks, '.utils': utils,
+               '.api': SimpleNamespace(), '.api.model': base}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, f'lm_eval{name}', module)
+    m = AdaPonderLM.from_checkpoint(ckpt)
+    steps = list(stream(m, [list(b'To be')], 9, temperature=0, tau=0.3, stop_token=256))
+    got = run_bench('downstream', '--ckpt', ckpt.parent, '--tasks', 'echo', '--tau', 0.3)['tasks']['echo']
+    text = bytes(step.token for step in steps if step.token < 256).decode(errors='replace')
+    assert got == dict(results=dict(echo=text), depth=pytest.approx(sum(step.depth for step in steps) / len(steps)))
+    with pytest.raises(ValueError, match='no task other'):
+        run_bench('downstream', '--ckpt', ckpt, '--tasks', 'echo,other')
+
+
 def test_curves(tmp_path, capsys):
     for name, loss in (('a', 2.5), ('b', 3.5)):
         records = [dict(step=1, tokens=100, loss=loss, depth=4.0, gate_mean=[]),
@@ -2497,6 +2539,15 @@ def test_curves(tmp_path, capsys):
     assert (tmp_path / 'c.png').exists() == ('no pictures' not in text)
 
 
+@pytest.mark.parametrize('line', ['3', '[1]', '{"loss": 1.0}', '{"step": 1, "loss": "low"}', '{"step": 1, "lr": "low"}',
+                                  '{"step": {}, "loss": 1.0}', '{"step": 1, "gate_mean": [[1], 2]}'])
+def test_curves_refuses_what_train_does_not_write(line, tmp_path):
+    (tmp_path / 'log.jsonl').write_text('{"step": 1, "loss": 2.0}\n' + line, encoding='utf-8')
+    with pytest.raises(ValueError, match='not written by train.py'):
+        run_bench('curves', tmp_path, '--out', tmp_path / 'c.png')
+    assert os.listdir(tmp_path) == ['log.jsonl']
+
+
 @pytest.mark.parametrize('command, word', [
     ('ppl --ckpt none.pt', 'no checkpoint at'), ('ppl --ckpt a.pt --data .', 'meta.json'),
     ('ppl --ckpt a.pt --others a.pt', 'NAME=CKPT'), ('ppl --ckpt a.pt --others fixed=o.pt', 'cannot be compared'),
@@ -2504,7 +2555,11 @@ def test_curves(tmp_path, capsys):
     ('ppl --ckpt a.pt --eval_tokens -5', 'must be'), ('ppl --ckpt a.pt --save nan', 'must be'),
     ('ppl --ckpt a.pt --json .', 'folder'), ('ppl --ckpt a.pt --json no/x.json', 'cannot'),
     ('results junk.json', 'junk.json'), ('results half.json', 'half.json'), ('flops', 'required'),
-    ('flops --config e.py', 'starts from'), ('speed --ckpt v.pt', 'n_iter > 1'),
+    ('results empty.json', 'empty.json'), ('results lacks.json', 'lacks.json'), ('ppl --ckpt nan.pt', 'NaN'),
+    ('ppl --ckpt list.pt', 'list.pt is damaged'), ('ppl --ckpt none', 'no checkpoint at'),
+    ('ppl --ckpt no_data.pt', 'give --data'), ('curves run --out x.foo', 'must end in'), ('curves run --out x', 'must end in'),
+    ('curves run --out d.png', 'd.png is a folder'),
+    ('flops --config e.py', 'starts from'), ('speed --ckpt v.pt', 'n_iter > 1'), ('speed --ckpt run', 'n_iter > 1'),
     ('plan --config c.py --mfu 2', 'must be'), ('speed --config c.py --length 999', 'block_size'), ('speed --config c.py --prompt 128', '--prompt'),
     ('plan --config c.py --set n_embd=65', 'n_embd'), ('curves .', 'log.jsonl'),
     ('curves run --out junk.json/x.png', 'junk.json')])
@@ -2512,10 +2567,19 @@ def test_bench_refuses_nonsense(command, word, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name, kw in (('a.pt', {}), ('o.pt', dict(block_size=16)), ('v.pt', dict(n_iter=1))):
         bench_run(tmp_path, name, tiny(torch.float32, **kw))
-    for name in ('bad', 'other', 'run'):
+    state = torch.load('a.pt', weights_only=True)
+    torch.save({**state, 'train_config': [1]}, 'list.pt')
+    torch.save({**state, 'train_config': None}, 'no_data.pt')
+    torch.save({**state, 'model': {n: t * math.nan for n, t in state['model'].items()}}, 'nan.pt')
+    os.mkdir('run')
+    shutil.copy('v.pt', 'run/ckpt.pt')
+    lacks = dict(group='g', model='m', policy='p', setting='s', seed=1, nll=2.0)
+    for name in ('bad', 'other', 'd.png'):
         (tmp_path / name).mkdir()
     other = (tmp_path / 'data/meta.json').read_text(encoding='utf-8').replace('of no file', 'of another')
     for name, text in (('junk.json', '{"a": 1}'), ('half.json', '{"rows": [{}], "depths": []}'),
+                       ('empty.json', '{"rows": [], "depths": []}'),
+                       ('lacks.json', json.dumps(dict(rows=[lacks], depths=[]))),
                        ('bad/meta.json', '{"dtype": "uint16"}'), ('other/meta.json', other), ('run/log.jsonl', '')):
         (tmp_path / name).write_text(text, encoding='utf-8')
     shape_file(tmp_path / 'c.py')

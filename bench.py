@@ -9,7 +9,7 @@ Measures a model: what it costs by formula, how well it predicts at which cost, 
     python bench.py downstream --ckpt out/tiny/ckpt.pt --tasks lambada_openai,piqa
     python bench.py curves out/a out/b
 
-Each prints a table, and with --json FILE writes its numbers beside the machine, the versions and the seed.
+Each prints a table, and with --json FILE writes its numbers beside the machine, the versions and the arguments.
 """
 import signal
 
@@ -17,6 +17,7 @@ if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports ends quietly
 
 import argparse
+import copy
 import io
 import json
 import math
@@ -24,23 +25,27 @@ import os
 import platform
 import time
 import weakref
+from bisect import bisect_left
 from collections import defaultdict
 from dataclasses import asdict, fields, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
-from torch.overrides import TorchFunctionMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+import sample
 from model import AdaPonderConfig, AdaPonderLM, hash_uniform, load_checkpoint
-from prepare_data import UsageError, check_writable, command_line, load_tokenizer, write_beside
+from prepare_data import UsageError, check_writable, command_line, write_beside
 from sample import stream
 from train import GPUS, Windows, get_autocast, get_device, in_steps, load_config, load_meta
 
@@ -48,61 +53,38 @@ from train import GPUS, Windows, get_autocast, get_device, in_steps, load_config
 # -----------------------------------------------------------------------------
 # Tables, files, models
 
-def show(form, value):
-    """A value as text, 'mean ± error' where it has one, and nothing for None."""
-    if not isinstance(value, dict):
-        return '' if value is None else form.format(value)
-    error = '' if value['error'] is None else ' ± ' + form.replace('+', '').format(value['error'])
-    return form.format(value['mean']) + error
+def table(rows, forms):
+    """A Markdown table of dicts, as text. forms: key -> format of a column; KEY_error stands beside KEY, after a ±."""
+    def cell(row, key):
+        value, error = row.get(key), row.get(f'{key}_error')
+        text = '' if value is None else forms[key].format(value)
+        return text if error is None else text + ' ± ' + forms[key].replace('+', '').format(error)
 
-
-def table(rows, forms, left=1):
-    """A Markdown table of dicts, as text. forms: key -> format of a column; the first `left` go to the left."""
     cells = [[key.replace('_', ' ') for key in forms]]
-    cells += [[show(form, row.get(key)) for key, form in forms.items()] for row in rows]
-    width = [max(len(row[j]) for row in cells) for j in range(len(forms))]
-    cells.insert(1, ['-' * w if j < left else '-' * (w - 1) + ':' for j, w in enumerate(width)])
-    lines = []
-    for row in cells:
-        padded = [c.ljust(w) if j < left else c.rjust(w) for j, (c, w) in enumerate(zip(row, width))]
-        lines.append('| ' + ' | '.join(padded) + ' |\n')
-    return ''.join(lines)
+    cells += [[cell(row, key) for key in forms] for row in rows]
+    width = [max(map(len, column)) for column in zip(*cells)]
+    side = ['<' if form == '{}' else '>' for form in forms.values()]  # words to the left, numbers to the right
+    cells.insert(1, ['-' * w if s == '<' else '-' * (w - 1) + ':' for w, s in zip(width, side)])
+    lines = [' | '.join(f'{c:{s}{w}}' for c, s, w in zip(row, side, width)) for row in cells]
+    return ''.join(f'| {line} |\n' for line in lines)
 
 
-def write(path, data):
-    """A text or bytes, whole or not at all."""
-    write_beside(path, data.encode('utf-8') if isinstance(data, str) else data)
-    print(f'wrote {path}')
-
-
-def report(a, **result):
-    """Print where the numbers were measured; --json FILE keeps them all."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'
-    machine = dict(cpu=platform.processor() or platform.machine(), cpus=os.cpu_count(), gpu=gpu, seed=a.seed,
-                   threads=torch.get_num_threads(), python=platform.python_version(), torch=torch.__version__)
-    print('\n' + ', '.join(f'{k} {v}' for k, v in machine.items()))
-    if a.json:
-        record = dict(command=a.command, arguments=vars(a), machine=machine, **result)
-        write(a.json, json.dumps(record, indent=1, default=str))
-
-
-def pyplot():
-    """matplotlib.pyplot; None, and a word, where it is not installed."""
+def save_figure(path, draw, panels, columns, width, height):
+    """Write a picture. draw(ax, data) draws each of the panels, title -> data, in width x height inches."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         print('no pictures: pip install matplotlib')
-        return None
-    matplotlib.use('agg')  # draws into files, needs no screen
-    import matplotlib.pyplot
-    return matplotlib.pyplot
-
-
-def save_figure(plt, fig, path):
+        return
+    rows = math.ceil(len(panels) / columns)
+    fig = Figure(figsize=(width * columns, height * rows), layout='tight')
+    for ax, (title, data) in zip(fig.subplots(rows, columns, squeeze=False).flat, panels.items()):
+        draw(ax, data)
+        ax.set_title(title, fontsize=9)
     picture = io.BytesIO()
     fig.savefig(picture, format=Path(path).suffix[1:], dpi=150, bbox_inches='tight')
-    plt.close(fig)
-    write(path, picture.getvalue())
+    write_beside(path, picture.getvalue())
+    print(f'wrote {path}')
 
 
 def config_of(path, changes=()):
@@ -112,91 +94,61 @@ def config_of(path, changes=()):
         raise UsageError(f'{path} starts from {train_config.init_from}: give a config that starts from scratch')
     own = {f.name: getattr(train_config, f.name) for f in fields(AdaPonderConfig) if hasattr(train_config, f.name)}
     if not own['vocab_size']:  # the data's, in multiples of 64 as train.py has it
-        folder = Path(os.path.expanduser(train_config.data_dir))
-        if not (folder / 'meta.json').is_file():
-            raise UsageError(f'{path} takes vocab_size from {folder}, where no data is: prepare it, or set vocab_size')
-        own['vocab_size'] = -(-load_meta(folder)['vocab_size'] // 64) * 64
+        meta = load_meta(os.path.expanduser(train_config.data_dir))
+        own['vocab_size'] = math.ceil(meta['vocab_size'] / 64) * 64
     return AdaPonderConfig(**own), train_config
 
 
 def load(path, a):
-    """The model at path on a.device, and what its checkpoint says beside the weights.
-
-    path: a checkpoint of train.py, GPT-NeoX weights (a folder or a hub name), or a config file for random weights.
-    """
+    """The model at path, and the dict of its checkpoint or {}. path: of train.py, or a config for random weights."""
     state = {}
     if path.endswith('.py'):
         torch.manual_seed(a.seed)
         model = AdaPonderLM(config_of(path)[0])
-    elif os.path.isfile(path) or path.endswith('.pt'):
+    else:
         state = load_checkpoint(path)
         model = AdaPonderLM.from_state(state, path)
-    else:
-        model = AdaPonderLM.from_pretrained(path)
-    model = model.to(a.device).eval().requires_grad_(False)
-    return model, {k: state[k] for k in ('meta', 'train_config') if k in state}
+    return model.to(a.device, getattr(torch, a.dtype)).eval().requires_grad_(False), state
 
 
-def with_config(model, **change):
-    """The same weights under another config, as fixed depth or one iteration."""
+def count_parameters(cfg):
     with torch.device('meta'):
-        other = AdaPonderLM(replace(model.cfg, **change))
-    weights = model.state_dict()
-    other.load_state_dict({name: weights[name] for name in other.state_dict()}, assign=True)
-    return other.eval().requires_grad_(False)
+        return sum(p.numel() for p in AdaPonderLM(cfg).parameters())
 
 
-def count_parameters(cfg, prefix=''):
-    with torch.device('meta'):
-        return sum(p.numel() for name, p in AdaPonderLM(cfg).named_parameters() if name.startswith(prefix))
-
-
-def autocast(a):
-    return get_autocast(torch.device(a.device), a.dtype)[0]()
-
-
-def val_windows(folder, model, state, length):
-    """The val split of a prepared folder in windows of length + 1 tokens. Refuses data of another tokenizer."""
-    folder = Path(os.path.expanduser(folder))
-    if not (folder / 'meta.json').is_file():
-        raise UsageError(f'no data in {folder}: give --data, a folder that prepare_data.py made')
+def val_text(folder, model, state, n, length):
+    """n texts, spread evenly over the val split (all, if it has fewer), (n, length + 1). Refuses another tokenizer."""
+    folder = os.path.expanduser(folder)
     meta = load_meta(folder)
-    trained_with = (state.get('meta') or {}).get('tokenizer_sha256', meta['tokenizer_sha256'])
-    if trained_with != meta['tokenizer_sha256'] or meta['vocab_size'] > model.cfg.vocab_size:
+    if (state.get('meta') or meta).get('tokenizer_sha256') != meta['tokenizer_sha256']:
         raise UsageError(f'the data in {folder} was made with another tokenizer than the model was trained with')
-    return Windows(folder, meta, 'val', length, model.cfg.vocab_size)
+    val = Windows(folder, meta, 'val', length, model.cfg.vocab_size)
+    return val.batch(np.unique(np.linspace(0, val.n - 1, n).round().astype(int)) * length)
 
 
 # -----------------------------------------------------------------------------
 # Halting policies, as AdaPonderLM.decide() takes them: fn(i, s, h, row, pos) -> bool (N,), True: the token goes on
-
-def scheduled_policy(kind, mean_cost, target, salt=0):
-    """Tokens picked at random halt, so many after each iteration that all spend target. mean_cost: of depths 1 .. K.
-
-    uniform: every iteration loses the same number of tokens; geometric: the same fraction of those that are left.
-    """
-    def shares(p):  # of the tokens that go on after iterations 1 .. K - 1
-        if kind == 'uniform':
-            return [max(0.0, 1 - p * i) for i in range(1, len(mean_cost))]
-        return [(1 - p) ** i for i in range(1, len(mean_cost))]
-
-    def cost(p):
-        return mean_cost[0] + sum(r * (b - a) for r, a, b in zip(shares(p), mean_cost, mean_cost[1:]))
-    return random_policy(shares(bisect(cost, target, 0.0, 1.0)), salt)
-
 
 def random_policy(shares, salt=0):
     """A share shares[i] of all tokens, picked at random, goes on after iteration i. shares must not rise."""
     return lambda i, s, h, row, pos: hash_uniform(row, pos, salt) < shares[i]
 
 
-def forced_policy(share, K):
-    """`share` of the (token, iteration 2 .. K) pairs does not run, whatever the weights are: for measuring time."""
-    return scheduled_policy('geometric', list(range(K)), (1 - share) * (K - 1))
+def scheduled_policy(kind, mean_cost, target, salt=0):
+    """Tokens picked at random halt, so many after each iteration that all spend target. mean_cost: of depths 1 .. K.
+
+    uniform: every iteration loses the same number of tokens; geometric: the same fraction of those that are left.
+    """
+    depths, steps = np.arange(len(mean_cost)), np.diff(mean_cost, prepend=0.0)
+
+    def shares(p):  # of the tokens that run iterations 1 .. K
+        return np.maximum(0, 1 - p * depths) if kind == 'uniform' else (1 - p) ** depths
+    p = min(np.linspace(0, 1, 10001), key=lambda p: abs(shares(p) @ steps - target))
+    return random_policy(shares(p)[1:].tolist(), salt)
 
 
 def threshold_policy(score, t=-math.inf, record=None):
-    """A token goes on while its score is at least t. record: a CPU tensor (n, T, K - 1) to keep the scores in."""
+    """A token goes on while its score is at least t. record: a CPU tensor (n, T, K - 1) to keep scores in."""
     def policy(i, s, h, row, pos):
         x = score(i, s, h, row, pos)
         if record is not None:
@@ -211,50 +163,34 @@ def log_probs(model, h):
     return F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
 
 
-def in_chunks(model, fn, *tensors):
-    """fn on a chunk of tokens at a time, so that the logits of all are never held at once. tensors: (N, ...) each."""
-    n = model.chunks(tensors[0])
-    return torch.cat([fn(*parts) for parts in zip(*(t.chunk(n) for t in tensors))])
-
-
-def gate_score(model):
-    """The learned gates. With t = tau this is what the model does by itself."""
-    return lambda i, s, h, row, pos: s
-
-
-def confidence_score(model):
-    """Minus the probability of the likeliest next token: a token that is sure of it halts."""
-    return lambda i, s, h, row, pos: -in_chunks(model, lambda x: log_probs(model, x).amax(-1), h).exp()
-
-
 def convergence_score(model):
     """KL(P^(i-1) || P^i), small where an iteration changed little (arXiv 2502.05171). After the first one: infinite."""
     before = {}
 
-    def kl(now, then):
-        p, q = log_probs(model, now), log_probs(model, then)
-        return (q.exp() * (q - p)).sum(-1)
-
     def score(i, s, h, row, pos):
         key = row * 2 ** 32 + pos  # rises along the tokens, so those that still run are found by bisection
-        if i == 0:
-            out = torch.full_like(s, math.inf)
-        else:
-            out = in_chunks(model, kl, h, before['h'][torch.searchsorted(before['key'], key)])
+        kl = torch.full_like(s, math.inf)
+        if i > 0:
+            then = before['h'][torch.searchsorted(before['key'], key)]
+            p, q = log_probs(model, h), log_probs(model, then)
+            kl = (q.exp() * (q - p)).sum(-1)
         before.update(key=key, h=h)
-        return out
+        return kl
     return score
 
 
-SCORES = dict(learned=gate_score, confidence=confidence_score, convergence=convergence_score)
-POLICIES = ['learned', 'random', 'uniform', 'geometric', 'confidence', 'convergence', 'oracle']
+SCORES = dict(
+    learned=lambda model: lambda i, s, h, row, pos: s,  # with t = tau this is what the model does by itself
+    confidence=lambda model: lambda i, s, h, row, pos: -log_probs(model, h).amax(-1).exp(),  # the sure ones halt
+    convergence=convergence_score)
+POLICIES = ['learned', 'random', 'uniform', 'geometric', 'confidence', 'convergence']
 
 
 # -----------------------------------------------------------------------------
 # Measuring windows of text, x: (n, T + 1)
 
 @torch.inference_mode()
-def measure(model, x, a, policy=None):
+def measure(model, x, a, policy=None, **halting):
     """Run windows x packed. Returns depth and NLL, (n, T) on the CPU. The policy's row is a window's number in x."""
     depth, nll = [], []
     for first in range(0, len(x), a.batch_size):
@@ -262,25 +198,10 @@ def measure(model, x, a, policy=None):
 
         def with_row(i, s, h, row, pos):
             return policy(i, s, h, row + first, pos)
-        with autocast(a):
-            out = model(part[:, :-1], part[:, 1:], execution='packed', policy=policy and with_row)
+        out = model(part[:, :-1], part[:, 1:], execution='packed', policy=policy and with_row, **halting)
         depth.append(out.depth.cpu())
         nll.append(out.nll.cpu().double())  # float64 on the CPU alone: some devices have none
     return torch.cat(depth), torch.cat(nll)
-
-
-@torch.inference_mode()
-def nll_by_iteration(model, x, a):
-    """The NLL of each token after each iteration when no token halts, (n, T, K): what max_iter = 1 .. K give."""
-    parts = []
-    for part in x.split(a.batch_size):
-        part = part.to(a.device)
-        with autocast(a):
-            out = model(part[:, :-1], tau=0.0)
-            states = [h for index, s, on, h in out.records] + [out.hidden.flatten(0, 1)]
-            nll = torch.stack([model.cross_entropy(h, part[:, 1:].flatten())[1] for h in states], dim=-1)
-        parts.append(nll.view(*out.depth.shape, -1).cpu().double())
-    return torch.cat(parts)
 
 
 def cost_table(cfg, T, max_iter=None):
@@ -290,36 +211,20 @@ def cost_table(cfg, T, max_iter=None):
 
 
 def flops_spent(cost, depth):
-    """FLOPs of each token. cost: (T, K), depth: (n, T) -> (n, T)."""
-    return cost.expand(len(depth), -1, -1).gather(-1, depth[..., None] - 1)[..., 0]
-
-
-def depth_at(scores, t):
-    """Depths (n, T) of tokens with scores (n, T, K - 1) under the threshold t: halted stays halted."""
-    return 1 + (scores >= t).long().cumprod(-1).sum(-1)
-
-
-def bisect(fn, target, low, high):
-    """Where fn, which falls, comes down to target."""
-    for _ in range(60):
-        middle = (low + high) / 2
-        if fn(middle) > target:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
+    """FLOPs of a mean token. cost: (T, K), depth: (n, T)."""
+    return float(cost.expand(len(depth), -1, -1).gather(-1, depth[..., None] - 1).mean())
 
 
 def find_threshold(scores, cost, target):
-    """The t at which the mean cost of tokens with scores (n, T, K - 1) comes nearest to target FLOPs."""
+    """The t at which tokens with scores (n, T, K - 1) spend nearest to target FLOPs on average."""
     # only the scores themselves matter as thresholds, and the cost falls from each of them to the next
-    values = scores[scores.isfinite()].unique()
+    values = scores[scores.isfinite()].unique().numpy()
 
-    def mean_cost(j):
-        return float(flops_spent(cost, depth_at(scores, values[int(j)])).mean())
-    j = round(bisect(mean_cost, target, 0, len(values) - 1))
-    near = range(max(0, j - 1), min(j + 2, len(values)))
-    return float(values[min(near, key=lambda j: abs(mean_cost(j) - target))])
+    def excess(t):
+        depth = 1 + (scores >= t).long().cumprod(-1).sum(-1)  # halted stays halted
+        return flops_spent(cost, depth) - target
+    j = bisect_left(values, 0, key=lambda t: -excess(t))
+    return float(min(values[max(0, j - 1):j + 1], key=lambda t: abs(excess(t))))
 
 
 def calibrated_policy(model, x, a, kind, cost, target):
@@ -334,382 +239,318 @@ def calibrated_policy(model, x, a, kind, cost, target):
     return threshold_policy(SCORES[kind](model), t)
 
 
-def oracle_depth(nll, cost, target):
-    """The depths (n, T) with the least NLL that cost target, knowing the NLL (n, T, K) of every token at every depth.
-
-    By a Lagrange multiplier: each token minimises NLL + lambda * cost, with the lambda at which all spend target.
-    """
-    def choose(log_lambda):
-        return (nll + 10 ** log_lambda * cost / cost.mean()).argmin(-1) + 1
-    return choose(bisect(lambda x: float(flops_spent(cost, choose(x)).mean()), target, -9, 4))
-
-
-def spearman(x, y):
-    """Rank correlation of two 1-d arrays; equal values share their mean rank. None where one of them does not vary."""
-    def ranks(values):
-        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-        r = (np.cumsum(counts) - counts / 2)[inverse]
-        return r - r.mean()
-    a, b = ranks(np.asarray(x)), ranks(np.asarray(y))
-    norm = math.sqrt(float(a @ a) * float(b @ b))
-    return float(a @ b) / norm if norm else None
-
-
 def estimate(samples):
     """Their mean and its standard error. To compare two models give the differences on the same windows."""
-    return dict(mean=float(np.mean(samples)), error=float(np.std(samples, ddof=1) / math.sqrt(len(samples))))
+    return float(np.mean(samples)), float(np.std(samples, ddof=1) / math.sqrt(len(samples)))
 
 
 # -----------------------------------------------------------------------------
 # ppl: perplexity of halting policies at equal FLOPs
 
-def pick_windows(a, folder, model, state):
-    """Windows spread evenly over the val split: (n, T + 1) to measure on, (m, T + 1) others to set thresholds on."""
-    T = model.cfg.block_size
-    val = val_windows(folder, model, state, T)
-    n, m = max(2, a.eval_tokens // T), max(2, a.calib_tokens // T)
-    if n + m > val.n:  # all there are, in the same proportion
-        m = max(1, round(val.n * m / (n + m)))
-        n = val.n - m
-    if n < 2:
-        raise UsageError(f'the val split of {folder} has {val.n} windows of {T} tokens, too few to measure on')
-    x = val.batch(np.linspace(0, val.n - 1, n + m).round().astype(int) * T)
-    # every few windows one is for thresholds, so that both parts come from all of the text
-    calib = np.linspace(0, n + m - 1, m + 2)[1:-1].round().astype(int)
-    return x[np.setdiff1d(np.arange(n + m), calib)], x[calib]
+def compare_policies(model, x, a, kinds, targets, name):
+    """One model on windows x under each kind of policy at each setting.
 
-
-def make_row(policy, setting, depth, nll, flops, full, K):
-    """One line of ppl's table. depth, nll: (n, T); flops: of a mean token; full: those of fixed depth without gates."""
-    windows = nll.mean(1).numpy()
-    return dict(policy=policy, setting=setting, nll=estimate(windows),
-                ppl=math.exp(windows.mean()), flops=flops, saved=1 - flops / full, depth=float(depth.double().mean()),
-                active=[float((depth > i).double().mean()) for i in range(K)], windows=windows)
-
-
-def compare_policies(model, x, calib, a, kinds, targets, full, bar):
-    """One model on windows x under each kind of policy at each setting. calib: other windows, to set thresholds on.
-
-    targets: FLOPs a token of each setting; None where the model's own tau decides. full: FLOPs a token of fixed depth.
-    Returns the rows of ppl's table, and what the model does at its own tau, see by_depth().
+    targets: setting -> FLOPs a token; None where the model's own tau decides, which 'learned', the first kind, sets for
+    the others. Returns rows of the two tables of results(): of policies, each with its NLL by window, and of depths.
     """
-    T, K, rows, own = x.size(1) - 1, model.cfg.n_iter, [], {}
-    cost, levels = cost_table(model.cfg, T), nll_by_iteration(model, x, a)  # (T, K), (n, T, K)
+    T, K, targets, rows, depths = x.size(1) - 1, model.cfg.n_iter, dict(targets), [], []
+    cost = cost_table(model.cfg, T)
+
+    def add(policy, setting, depth, nll, cost):
+        windows = nll.mean(1).numpy()
+        mean, error = estimate(windows)
+        rows.append(dict(model=name, policy=policy, setting=setting, flops=flops_spent(cost, depth),
+                         depth=float(depth.double().mean()), nll=mean, nll_error=error, ppl=math.exp(mean),
+                         windows=windows))
     for d in range(1, K + 1):  # without halting, but stopped after d iterations
-        depth, flops = torch.full(levels.shape[:2], d), float(cost_table(model.cfg, T, d)[:, d - 1].mean())
-        rows.append(make_row('fixed depth', f'max_iter {d}', depth, levels[..., d - 1], flops, full, K))
-    # the learned gates come first, because the others aim at the FLOPs that these spend
-    for setting, target in targets.items():
-        for kind in kinds:
-            if kind == 'learned' and target is None:
-                policy = None
-            elif kind in SCORES:
-                policy = calibrated_policy(model, calib, a, kind, cost, target)
-            elif kind == 'oracle':
-                best = oracle_depth(levels, cost, target).to(a.device)
-                policy = lambda i, s, h, row, pos: best[row, pos] > i + 1  # noqa: E731
-            elif kind == 'random':
-                policy = random_policy(learned['active'][1:], a.seed)
-            else:
-                policy = scheduled_policy(kind, cost.mean(0).tolist(), target, a.seed)
-            depth, nll = measure(model, x, a, policy)
-            rows.append(make_row(kind, setting, depth, nll, float(flops_spent(cost, depth).mean()), full, K))
-            bar.update()
-            if kind == 'learned':
-                learned = rows[-1]
-                if target is None:
-                    own = by_depth(depth, nll, levels)
-                target = learned['flops']
-    return rows, own
+        add('fixed depth', f'max_iter {d}', *measure(model, x, a, tau=0.0, max_iter=d), cost_table(model.cfg, T, d))
 
-
-def by_depth(depth, nll, levels):
-    """Which tokens halt when. depth, nll: (n, T), as the model runs; levels: (n, T, K), NLL where no token halts.
-
-    spearman: the rank correlations of depth with what the iterations after d save, for d = 1 .. K - 1.
-    """
-    rows = []
-    for d in range(1, levels.size(-1) + 1):
-        at = depth == d
-        row = dict(depth=d, share=float(at.double().mean()))
-        if at.any():
-            for name, x in dict(nll=nll, nll_full=levels[..., -1], nll_first=levels[..., 0]).items():
-                row[name] = float(x[at].mean())
-        rows.append(row)
-    saving = levels[..., :-1] - levels[..., -1:]
-    ranks = [spearman(depth.flatten().numpy(), s.flatten().numpy()) for s in saving.unbind(-1)]
-    return dict(by_depth=rows, spearman=ranks)
-
-
-def add_comparisons(rows, main):
-    """Give rows their NLL over the main model's learned gates at the same FLOPs, and the share of the gain they retain.
-
-    The gates' NLL is interpolated between the settings, and ends at tau = 1 and 0. The error is paired, over windows.
-    """
-    ends = [r for r in rows if (r['model'], r['policy']) == (main, 'fixed depth')]
-    learned = [r for r in rows if (r['model'], r['policy']) == (main, 'learned')]
-    # the gates' curve: all stop after one iteration, the settings, none stops
-    curve = sorted([ends[0], *learned, ends[-1]], key=lambda r: r['flops'])
-    flops = np.array([r['flops'] for r in curve])
-    for r in rows if learned else []:
-        # not the curve itself, nor what lies beyond its ends
-        itself = r['model'] == main and r['policy'] in ('learned', 'fixed depth')
-        if itself or not flops[0] <= r['flops'] <= flops[-1]:
-            continue
-        j = max(1, int(np.searchsorted(flops, r['flops'])))
-        weight = (r['flops'] - flops[j - 1]) / (flops[j] - flops[j - 1])
-        difference = r['windows'] - (1 - weight) * curve[j - 1]['windows'] - weight * curve[j]['windows']
-        r['over_learned'] = estimate(difference)
-    whole = {r['model']: r['nll']['mean'] for r in rows if r['policy'] == 'fixed depth'}  # the last one: all iterations
-    gain = whole.get('vanilla', 0) - whole.get('fixed', math.inf)
-    for r in rows:
-        if gain > 0 and r['model'] != 'vanilla':
-            r['retained'] = (whole['vanilla'] - r['nll']['mean']) / gain
+    for setting, kind in tqdm([(s, k) for s in targets for k in kinds], desc=name, leave=False):
+        target = targets[setting]
+        if target is None:
+            policy = None
+        elif kind in SCORES:
+            policy = calibrated_policy(model, x, a, kind, cost, target)
+        elif kind == 'random':
+            policy = random_policy(active, a.seed)
+        else:
+            policy = scheduled_policy(kind, cost.mean(0), target, a.seed)
+        depth, nll = measure(model, x, a, policy)
+        add(kind, setting, depth, nll, cost)
+        if kind == 'learned':
+            targets[setting] = rows[-1]['flops']
+            active = [float((depth > i).double().mean()) for i in range(1, K)]
+        for d in range(1, K + 1) if target is None else []:
+            at = depth == d
+            depths.append(dict(model=name, depth=d, share=float(at.double().mean()), nll=float(nll[at].mean())))
+    return rows, depths
 
 
 def load_models(a):
-    """The models of ppl, that of --ckpt first: name -> model, name -> path, and what --ckpt says beside its weights."""
+    """The models of ppl by name, that of --ckpt first, and the dict of its checkpoint."""
     model, state = load(a.ckpt, a)
-    main = 'vanilla' if model.cfg.n_iter == 1 else 'adaptive' if model.cfg.halting else 'fixed'
-    models, paths = {main: model}, {main: a.ckpt}
+    models = {'vanilla' if model.cfg.n_iter == 1 else 'adaptive' if model.cfg.halting else 'fixed': model}
     for other in a.others:
         name, equals, path = other.partition('=')
-        if not (name and path) or name in models:
+        if not path or name in models:
             raise UsageError(f'--others takes NAME=CKPT, with a name of its own for each, not {other!r}')
-        paths[name] = os.path.expanduser(path)
-        models[name] = load(paths[name], a)[0]
+        models[name] = load(os.path.expanduser(path), a)[0]
         if any(getattr(models[name].cfg, f) != getattr(model.cfg, f) for f in ('vocab_size', 'block_size')):
             raise UsageError(f'{path} has another vocabulary or block_size than {a.ckpt}: they cannot be compared')
-    return models, paths, state
+    return models, state
 
 
 def ppl(a):
-    """Perplexity on the val split under every halting policy at equal FLOPs, with thresholds set on other text."""
-    models, paths, state = load_models(a)
+    """Perplexity on the val split under every halting policy at equal FLOPs.
+
+    A policy has one number, as a threshold, that decides how much halts: it is set so that these windows cost as much.
+    """
+    models, state = load_models(a)
     (main, model), config = next(iter(models.items())), state.get('train_config', {})
-    cfg, folder = model.cfg, a.data or config.get('data_dir')
-    if not folder:
-        raise UsageError('give --data, a folder that prepare_data.py made')
-    x, calib = pick_windows(a, folder, model, state)
+    cfg, folder = model.cfg, a.data or config.get('data_dir', '')
+    x = val_text(folder, model, state, max(2, a.eval_tokens // cfg.block_size), cfg.block_size)
     full = float(cost_table(replace(cfg, halting=False), cfg.block_size)[:, -1].mean())
     shares = {f'save {share:.3g}': (1 - share) * full for share in a.save}
 
-    rows, runs = [], {}
+    rows, depths = [], []
     for name, m in models.items():
         if m.cfg.n_iter == 1:
             kinds, targets = [], {}
         elif not m.cfg.halting:  # exits that need no gates, at the FLOPs of the main model's gates where it has some
-            kinds = [k for k in a.policies if k not in ('learned', 'random') and (name == main or k in SCORES)]
+            kinds = [k for k in a.policies if k in ('confidence', 'convergence')]
             learned = [r for r in rows if (r['model'], r['policy']) == (main, 'learned')]
             targets = {r['setting']: r['flops'] for r in learned} or shares
         elif name == main:
-            kinds, targets = [k for k in POLICIES if k in a.policies or k == 'learned'], {'own tau': None, **shares}
-        else:  # another adaptive model, as it was trained
-            kinds, targets = ['learned'], {'own tau': None}
-        # a row of the table takes seconds: the bar says how long all of them will take
-        with tqdm(total=len(kinds) * len(targets), desc=name, leave=False) as bar:
-            measured, own = compare_policies(m, x, calib, a, kinds, targets, full, bar)
-        rows += [dict(model=name, **r) for r in measured]
-        runs[name] = dict(ckpt=paths[name], parameters=count_parameters(m.cfg), n_iter=m.cfg.n_iter, **own)
-    add_comparisons(rows, main)
-    for r in rows:
-        del r['windows']
-    group = a.group or f'{Path(folder).name}, {cfg.n_layer} layers of width {cfg.n_embd}'
-    record = dict(group=group, config=asdict(cfg), train_config=config, data=folder, tokens=x[:, 1:].numel(),
-                  full_flops=full, runs=runs, rows=rows)
-    print(f'{a.ckpt}: K = {cfg.n_iter}, {runs[main]["parameters"]:,} parameters. {len(x)} windows of {cfg.block_size} '
-          f'tokens of {folder} measured, {len(calib)} others to set thresholds. ±: standard error over windows.\n')
-    print(group_tables(group, summary([record])))
-    report(a, **record)
+            kinds, targets = ['learned', *(k for k in a.policies if k != 'learned')], {'own tau': None, **shares}
+        else:
+            kinds, targets = ['learned'], {'as trained': None}
+        measured = compare_policies(m, x, a, kinds, targets, name)
+        rows += measured[0]
+        depths += measured[1]
+    learned = {r['setting']: r['windows'] for r in rows if (r['model'], r['policy']) == (main, 'learned')}
+    run = dict(group=a.group or f'{Path(folder).name}, {cfg.n_layer} layers of width {cfg.n_embd}',
+               seed=config.get('seed', 0))
+    for row in rows:
+        row['saved'] = 1 - row['flops'] / full
+        windows = row.pop('windows')
+        if row['setting'] in learned and row['policy'] != 'learned':  # the error is paired
+            row['over_learned'], row['over_learned_error'] = estimate(windows - learned[row['setting']])
+    found = dict(rows=[run | row for row in rows], depths=[run | row for row in depths])
+    print(f'{a.ckpt}: K = {cfg.n_iter}, {count_parameters(cfg):,} parameters. {len(x)} windows of {cfg.block_size} '
+          f'tokens of {folder}.\n')
+    print(tables(mean_over_seeds(found)))
+    return dict(config=asdict(cfg), train_config=config, **found)
 
 
 # -----------------------------------------------------------------------------
 # results: means over seeds of several settings, from the JSON files of ppl
 
-def mean_over_seeds(values):
-    """The same nested dict of each run -> one with dict(mean, error) for each number that all have.
+KEYS = dict(rows=('group', 'model', 'policy', 'setting'), depths=('group', 'model', 'depth'))  # what names a row
+FORMS = dict(
+    rows=dict(model='{}', policy='{}', setting='{}', seeds='{}', flops='{:.4g}', saved='{:.1%}', depth='{:.2f}',
+              nll='{:.4f}', ppl='{:.3f}', over_learned='{:+.4f}'),
+    depths=dict(model='{}', depth='{}', seeds='{}', share='{:.1%}', nll='{:.3f}'))
 
-    error: the standard deviation over the runs; of a single run its own standard error, or None.
+
+def mean_over_seeds(found):
+    """group -> dict(rows, depths), with one row for all that only differ in the seed.
+
+    It has the mean of each number and its standard deviation as KEY_error; a row that is alone keeps its own errors.
     """
-    first = values[0]
-    if isinstance(first, dict) and 'error' not in first:
-        return {k: mean_over_seeds([v[k] for v in values]) for k in first if all(k in v for v in values)}
-    if isinstance(first, list):
-        return [mean_over_seeds(same) for same in zip(*values)]
-    if None in values:
-        return None
-    if not isinstance(first, (dict, float)):
-        return first
-    if len(values) == 1:
-        return first if isinstance(first, dict) else dict(mean=first, error=None)
-    means = [v['mean'] if isinstance(v, dict) else v for v in values]
-    return dict(mean=float(np.mean(means)), error=float(np.std(means, ddof=1)))
+    groups = defaultdict(lambda: dict(rows=[], depths=[]))
+    for kind, keys in KEYS.items():
+        seeds = defaultdict(list)
+        for row in found[kind]:
+            seeds[tuple(row[key] for key in keys)].append(row)
+        for names, same in seeds.items():
+            mean = dict(same[0], seeds=len(same))
+            for name in [n for n in mean if n not in (*keys, 'seed', 'seeds') and not n.endswith('_error')]:
+                numbers = [row.get(name, math.nan) for row in same]  # nan where a run has no such number
+                mean[name] = float(np.mean(numbers))
+                if len(same) > 1:
+                    mean[f'{name}_error'] = float(np.std(numbers, ddof=1))
+            groups[mean['group']][kind].append(mean)
+    return groups
 
 
-def summary(runs):
-    """One setting over its seeds. rows: 'model, policy, setting' -> means, of those that all runs have."""
-    keyed = [{', '.join((r['model'], r['policy'], r['setting'])): r for r in run['rows']} for run in runs]
-    seeds = [run['train_config'].get('seed') for run in runs]
-    if len(set(seeds)) < len(seeds):
-        raise UsageError(f'two files of {runs[0]["group"]} have one seed: tell settings apart by ppl --group')
-    return dict(seeds=seeds, data=runs[0]['data'], tokens=runs[0]['tokens'], rows=mean_over_seeds(keyed),
-                models=mean_over_seeds([run['runs'] for run in runs]))
-
-
-def group_tables(name, group):
-    """Tables of one setting: the policies at equal FLOPs, and the tokens of each model by depth."""
-    seeds = ', '.join(map(str, group['seeds']))
-    text = f'## {name}\n\nSeeds: {seeds}. NLL in nats a token; saved: inference FLOPs, against fixed depth without '
-    text += 'gates; over learned: NLL minus that of the learned gates at the same FLOPs.\n\n'
-    text += table(group['rows'].values(), dict(
-        model='{}', policy='{}', setting='{}', flops='{:.4g}', saved='{:.1%}', depth='{:.2f}', nll='{:.4f}',
-        ppl='{:.3f}', over_learned='{:+.4f}', retained='{:.1%}'), left=3)
-    for model, found in group['models'].items():
-        if 'by_depth' in found:
-            rank = ', '.join(show('{:.3f}', r) or 'none' for r in found['spearman'])
-            text += f'\nTokens of {model} by depth. NLL as it runs, where no token halts, and after iteration 1. Rank '
-            text += f'correlation of depth with what the iterations after 1, 2, .. save: {rank}\n\n'
-            forms = dict(depth='{}', share='{:.1%}', nll='{:.3f}', nll_full='{:.3f}', nll_first='{:.3f}')
-            text += table(found['by_depth'], forms)
-    return text + '\n'
+def tables(groups):
+    """Of each group its policies at equal FLOPs, and the tokens of its models by depth, as text."""
+    text = ('NLL in nats a token; saved: inference FLOPs, against fixed depth without gates; over learned: NLL minus '
+            'that of the learned gates at the same FLOPs. ±: standard deviation over seeds; of one seed the standard '
+            'error over windows.\n')
+    for group, means in groups.items():
+        text += '\n'.join([f'\n## {group}\n', *(table(rows, FORMS[kind]) for kind, rows in means.items())])
+    return text
 
 
 def results(a):
     """Means over the seeds of each setting, from JSON files of ppl or a results.json: tables and two pictures."""
-    found, groups = defaultdict(list), {}
+    out, found = Path(a.out), dict(rows=[], depths=[])
+    out.mkdir(parents=True, exist_ok=True)
     for path in a.files:
         try:
             record = json.loads(Path(path).read_text(encoding='utf-8-sig'))
-            if 'groups' in record:  # an earlier results.json
-                groups.update(record['groups'])
-            else:
-                found[record['group']].append(record)
+            for kind in found:
+                found[kind] += record[kind]
+            groups = mean_over_seeds(found)
+            text = tables(groups)
+            names = [(row['seed'], *(row[key] for key in KEYS['rows'])) for row in found['rows']]
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UsageError(f'{path} is not a JSON file of bench.py ppl, nor a results.json') from None
-    try:
-        groups.update({name: summary(runs) for name, runs in found.items()})
-        text = 'Mean ± standard deviation over seeds.\n\n'
-        text += ''.join(group_tables(name, group) for name, group in groups.items())
-    except (KeyError, TypeError, AttributeError, IndexError):
-        raise UsageError(f'{", ".join(a.files)}: not all are JSON files of this version of bench.py ppl') from None
+        if len(set(names)) < len(names):
+            raise UsageError(f'{path} repeats a seed of its group: tell settings apart by ppl --group')
     print(text)
-    write(Path(a.out) / 'results.md', text)
-    write(Path(a.out) / 'results.json', json.dumps(dict(groups=groups), indent=1))
-    plt = pyplot()
-    if plt:
-        save_figure(plt, draw_groups(plt, groups, draw_iso_flops, 5.5, 4.2), Path(a.out) / 'isoflops.png')
-        save_figure(plt, draw_groups(plt, groups, draw_by_depth, 4, 3), Path(a.out) / 'nll_by_depth.png')
-    report(a, groups=groups)
+    write_beside(out / 'results.json', json.dumps(found, indent=1).encode('utf-8'))  # it can be read in place of these
+    rows, depths = ({group: means[kind] for group, means in groups.items()} for kind in KEYS)
+    save_figure(out / 'isoflops.png', draw_iso_flops, rows, len(groups), 5.5, 4.2)
+    save_figure(out / 'nll_by_depth.png', draw_by_depth, depths, len(groups), 4, 3)
+    return found
 
 
-def draw_groups(plt, groups, draw, width, height):
-    """A figure with a panel of width x height inches for each setting, side by side."""
-    fig, axes = plt.subplots(1, len(groups), figsize=(width * len(groups), height), squeeze=False)
-    for ax, (name, group) in zip(axes.flat, groups.items()):
-        draw(ax, group)
-        ax.set_title(name, fontsize=9)
-    fig.tight_layout()
-    return fig
-
-
-def draw_iso_flops(ax, group):
-    """NLL against FLOPs saved, a line a policy. Bars: deviation over seeds of the distance to the learned gates."""
-    for name, model in group['models'].items():
-        row = group['rows'].get(f'{name}, fixed depth, max_iter {model["n_iter"]}')
-        if row and name != 'adaptive':
-            ax.plot(100 * row['saved']['mean'], row['nll']['mean'], 's', ms=6, label=f'{name}, all iterations')
-    rows = [r for r in group['rows'].values() if r['policy'] in POLICIES]
-    for model, policy in dict.fromkeys((r['model'], r['policy']) for r in rows):
-        points = sorted((100 * r['saved']['mean'], r['nll']['mean'], r.get('over_learned', {}).get('error') or 0)
-                        for r in rows if (r['model'], r['policy']) == (model, policy))
-        label, style = (policy, '-') if model == 'adaptive' else (f'{model}, {policy}', ':')
-        colour, width = ('black', 2) if policy == 'learned' else (f'C{POLICIES.index(policy)}', 1)
-        ax.errorbar(*zip(*points), label=label, marker='o', ms=4, capsize=2, color=colour, lw=width, ls=style)
-    ax.set(xlabel='inference FLOPs saved, %', ylabel='validation NLL, nats a token')
-    ax.legend(fontsize=7)
-
-
-def draw_by_depth(ax, group):
-    """Mean NLL of the tokens that halted at each depth; the width of a bar is their share."""
-    rows = group['models'].get('adaptive', {}).get('by_depth', [])
+def draw_iso_flops(ax, rows):
+    """NLL against FLOPs saved, a line a policy. Bars: error of the distance to the learned gates."""
+    lines = defaultdict(list)
     for r in rows:
-        if 'nll' in r:
-            width, error = 0.1 + 0.8 * r['share']['mean'], r['nll']['error'] or 0
-            ax.bar(r['depth'], r['nll']['mean'], width, yerr=error, color='C0', capsize=3)
-    ax.set_xticks([r['depth'] for r in rows], [f'{r["depth"]}\n{r["share"]["mean"]:.1%}' for r in rows])
+        name = f'{r["model"]}, {r["policy"]}'
+        if r['policy'] == 'fixed depth':
+            lines[name] = []  # of these only the last one, with all iterations
+        lines[name].append((100 * r['saved'], r['nll'], r.get('over_learned_error') or 0))
+    for name, points in lines.items():
+        ax.errorbar(*zip(*sorted(points)), label=name, marker='o', ms=4, lw=1, capsize=2)
+    ax.set(xlabel='inference FLOPs saved, %', ylabel='validation NLL, nats a token')
+    ax.legend(fontsize=6)
+
+
+def draw_by_depth(ax, rows):
+    """Mean NLL of the tokens that halted at each depth of the adaptive model; the width of a bar is their share."""
+    for r in rows:
+        if r['model'] == 'adaptive':
+            label, width = f'{r["depth"]}\n{r["share"]:.1%}', 0.1 + 0.8 * r['share']
+            ax.bar(label, r['nll'], width, yerr=r.get('nll_error'), color='C0', capsize=3)
     ax.set(xlabel='depth, iterations; share of the tokens', ylabel='NLL, nats a token')
 
 
 # -----------------------------------------------------------------------------
-# flops: the formula beside what FlopCounterMode counts
+# flops, plan: the model on tensors that have shapes and no values, so that any size fits any machine
 
-@torch.inference_mode()
-def count_flops(model, tokens, share):
-    """Run one sequence packed under forced_policy(share). Returns FLOPs as counted and by formula, and depth (1, T).
+def fake_model(cfg):
+    """The model with such weights, made under FakeTensorMode."""
+    with torch.device('meta'):
+        model = AdaPonderLM(cfg)
+    model.load_state_dict({name: torch.empty(p.shape) for name, p in model.state_dict().items()}, assign=True)
+    return model
 
-    FLOPs: dict(products, attention). products is everything with a weight, and equals the formula. attention is
-    computed for all queries and all keys; the formula counts the tokens that run and the keys that they see.
-    """
-    cfg, device = model.cfg, model.embed.weight.device
-    vocabulary = []
 
-    def sdpa(q, k, v, *rest, out_shape=None, **kw):  # shapes. The counter does not know the CPU's kernel
-        flops = sdpa_flop_count(q, k, v)
-        if tuple(k) == (1, 1, cfg.vocab_size, cfg.n_embd):  # AdaPonderLM.ponder() on a CPU: products with U and V
-            vocabulary.append(flops)
-        return flops
-    # half of the tokens halt, so a formula that forgot a gate or an iteration would show
-    x = torch.randint(cfg.vocab_size, (1, tokens), device=device)
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    with FlopCounterMode(display=False, custom_mapping={kernel: sdpa}) as counter:
-        out = model(x, execution='packed', policy=forced_policy(share, cfg.n_iter))
-        out.logits
-    seen = counter.get_flop_counts()['Global']
-    attention = sum(n for op, n in seen.items() if 'scaled_dot_product' in str(op)) - sum(vocabulary)
-    depth, context = out.depth.cpu(), torch.arange(1, tokens + 1, dtype=torch.float64)
-    formula = float((depth * cfg.flops(context)['attention']).sum())
-    counted = dict(products=sum(seen.values()) - attention, attention=attention)
-    return counted, dict(products=float(cfg.inference_flops(depth, context).sum()) - formula, attention=formula), depth
+def all_go_on(i, s, h, row, pos):
+    """A halting policy for tensors without values. The model only asks its answer which tokens go on: all."""
+    return SimpleNamespace(nonzero=lambda: torch.arange(len(s))[:, None])
+
+
+def count_flops(cfg, T):
+    """Forward FLOPs of T tokens that run all iterations as torch counts them, over those of the formula."""
+    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        fake_model(cfg)(torch.empty(1, T, dtype=torch.int64), policy=all_go_on).logits
+    # torch counts the keys that the causal mask hides, too
+    return counter.get_total_flops() / (T * cfg.inference_flops(cfg.n_iter, T))
 
 
 def flops(a):
-    """Parameters and forward FLOPs a token by part and depth, by formula and as torch counts them in a run."""
-    if not a.config + a.ckpt:
-        raise UsageError('give --config or --ckpt')
+    """Parameters and forward FLOPs a token by part and depth, by formula and as torch counts them."""
     found = []
-    for path in a.config + a.ckpt:
+    for path in a.paths:
         cfg = config_of(path)[0] if path.endswith('.py') else load(path, a)[0].cfg
-        T, K = a.context or cfg.block_size, cfg.n_iter
+        T, K, P = cfg.block_size, cfg.n_iter, count_parameters(cfg)
         context = (T + 1) / 2  # keys that a token sees, on average
         f, vanilla = cfg.flops(context), replace(cfg, n_iter=1).inference_flops(1, context)
-        parameters = count_parameters(cfg)
         rows = []
         for d in range(1, K + 1):
             parts = dict(linear=d * f['linear'], attention=d * f['attention'], unembed=f['unembed'],
                          ponder=(d - 1) * f['ponder'], gates=min(d, K - 1) * f['gate'])
             total = cfg.inference_flops(d, context)
             rows.append(dict(depth=d, **parts, total=total, x_vanilla=total / vanilla))
-        print(f'{path}: {parameters:,} parameters. FLOPs of a token in a causal pass over {T} tokens:\n')
+        counted = count_flops(cfg, T)
+        print(f'{path}: {P:,} parameters. FLOPs of a token in a causal pass over {T} tokens:\n')
         print(table(rows, {key: '{:.4g}' for key in rows[0]}))
-        counted = None
-        if parameters <= 300_000_000:
-            seen, formula, depth = count_flops(load(path, a)[0], min(128, cfg.block_size), share=0.5)
-            counted = dict(depth=float(depth.double().mean()), seen=seen, formula=formula)
-            print(f'Counted in a packed run of {depth.numel()} tokens, mean depth {counted["depth"]:.2f}: products '
-                  f'{seen["products"] / formula["products"]:.4f} x formula, attention '
-                  f'{seen["attention"] / formula["attention"]:.2f} x (all queries, masked keys).\n')
-        found.append(dict(path=path, config=asdict(cfg), parameters=parameters, depths=rows, counted=counted))
-    report(a, configs=found)
+        print(f'Counted by torch at depth {K}, all tokens seeing {T} keys: {counted:.4f} x the formula.\n')
+        found.append(dict(path=path, config=asdict(cfg), parameters=P, depths=rows, counted=counted))
+    return dict(configs=found)
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made while it is entered: `peak`, the most that lived at a time."""
+
+    def __init__(self, there_before):
+        super().__init__()
+        self.peak, self.made = 0, weakref.WeakSet()
+        self.before = weakref.WeakSet(tensor.untyped_storage() for tensor in there_before)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        storages = [tensor.untyped_storage() for tensor in tree_leaves(out) if isinstance(tensor, torch.Tensor)]
+        self.made.update(s for s in storages if s not in self.before)
+        self.peak = max(self.peak, sum(s.nbytes() for s in self.made))
+        return out
+
+
+def activation_memory(cfg, batch_size, bfloat16=True, remat=False, like_gpu=True):
+    """Bytes at the peak of a forward and backward pass over batch_size sequences, beyond weights, gradients and AdamW.
+
+    like_gpu: the paths that the model takes on a GPU. An upper bound: no token halts, torch.compile keeps less, and
+    autograd adds up gradients in place where it can, but never fake ones: at most the size of the gradients.
+    """
+    with FakeTensorMode():
+        model = fake_model(replace(cfg, objective='saving'))  # the gates of 'paper' add 2 percent
+        model.remat = remat
+        model.on_cpu = lambda h: not like_gpu
+        for p in model.parameters():
+            p.grad = torch.empty_like(p)
+        x = torch.empty(batch_size, cfg.block_size + 1, dtype=torch.int64)
+        with PeakMemory([*model.parameters(), x]) as memory:
+            with torch.autocast('cpu', torch.bfloat16, enabled=bfloat16):
+                loss = model(x[:, :-1], x[:, 1:], policy=all_go_on if model.gates else None).loss
+            loss.backward()
+    return memory.peak
+
+
+def plan(a):
+    """What training a config takes: FLOPs, days, dollars, memory of a GPU and the largest micro-batch that fits it."""
+    (cfg, t), (peak, gigabytes) = config_of(a.config, a.set), GPUS[a.gpu]
+    N, K, P = t.batch_size * t.block_size, cfg.n_iter, count_parameters(cfg)
+    steps = in_steps('max_steps', t.max_steps, N * t.gradient_accumulation_steps)
+    tokens = steps * t.gradient_accumulation_steps * N
+    context = (t.block_size + 1) / 2
+    forward, vanilla = cfg.inference_flops(K, context), replace(cfg, n_iter=1).inference_flops(1, context)
+    training = 3 * forward * tokens
+    hours = training / (peak * a.mfu) / 3600
+    price = '' if a.price is None else f', ${hours * a.price:,.0f}'
+
+    # what each GPU holds all the time, and a micro-batch at its peak; two sizes tell how much each sequence adds
+    bfloat16, shards = t.dtype != 'float32', a.gpus if t.shard_optimizer else 1
+    memory = dict(weights=4 * P, gradients=4 * P, optimizer=8 * P / shards)
+    memory['activations'], twice = (activation_memory(cfg, n * t.batch_size, bfloat16, t.remat) for n in (1, 2))
+    each = (twice - memory['activations']) / t.batch_size
+    need, room = sum(memory.values()), 0.92e9 * gigabytes  # the rest for CUDA's context and fragments
+    largest = max(0, math.floor(t.batch_size + (room - need) / each))
+
+    print(f"""{a.config} on {a.gpus} x {a.gpu}: P = {P:,} parameters, K = {K}, micro-batches of N = {N:,} tokens
+
+    tokens       {tokens / 1e9:.3f} B: {steps:,} steps x {t.gradient_accumulation_steps} N
+    forward      {forward / 1e9:.3f} GFLOPs a token that runs all iterations; {forward / vanilla:.2f} x n_iter=1
+    training     {training:.3e} FLOPs: 3 x forward x tokens
+    time         {hours / a.gpus / 24:.2f} days, {hours:,.0f} GPU hours{price}; {peak:.3g} FLOP/s x MFU {a.mfu:.0%}
+    memory       {', '.join(f'{name} {size / 1e9:.2f} GB' for name, size in memory.items())}
+    a GPU        {need / 1e9:.2f} GB of {gigabytes}; each sequence takes {each / 1e9:.3f} GB: batch_size {largest} fits
+""")
+    return dict(config=asdict(cfg), parameters=P, tokens=tokens, forward_flops=forward, training_flops=training,
+                gpu_hours=hours, memory=memory, peak_memory=need, largest_batch_size=largest)
 
 
 # -----------------------------------------------------------------------------
 # speed: the clock, of a checkpoint or of random weights in the shape of a config file
 
-def seconds(fn, device):
+def timed(fn, device):
     """Run fn. Returns the seconds that it took, and what it returned."""
-    def wait():  # until the device has done what it was given
-        if torch.device(device).type != 'cpu':
-            torch.accelerator.synchronize()
+    wait = torch.accelerator.synchronize if device.type != 'cpu' else lambda: None  # a GPU works on its own
     wait()
     start = time.perf_counter()
     out = fn()
@@ -717,264 +558,107 @@ def seconds(fn, device):
     return time.perf_counter() - start, out
 
 
+def per_token(cfg, seconds, depth, context, heads):
+    """dict(seconds, flops, depth) of a mean token. depth, context: of each token; heads: how many got logits."""
+    n, depth = depth.numel(), depth.cpu().double()
+    flops = float(cfg.inference_flops(depth, context).sum()) - (n - heads) * cfg.flops(0)['unembed']
+    return dict(seconds=seconds / n, flops=flops / n, depth=float(depth.mean()))
+
+
 @torch.inference_mode()
-def time_prefill(model, x, **kw):
-    """Run prompts x (B, T) and make the logits of their last tokens: dict(seconds, tokens, flops, depth)."""
+def time_prefill(model, x, policy=None):
+    """Run prompts x (B, T) and make the logits of their last tokens."""
     def run():
-        out = model(x, **kw)
+        out = model(x, execution='packed', policy=policy)
         model.unembed(out.hidden[:, -1])
-        return out
-    t, out = seconds(run, x.device)
-    depth, context = out.depth.cpu(), torch.arange(1, x.size(1) + 1, dtype=torch.float64)
-    unembed = model.cfg.flops(0)['unembed']  # of the last token alone
-    flops = float((model.cfg.inference_flops(depth, context) - unembed).sum()) + len(x) * unembed
-    return dict(seconds=t, tokens=x.numel(), flops=flops, depth=float(depth.double().mean()))
+        return out.depth
+    return per_token(model.cfg, *timed(run, x.device), torch.arange(1, x.size(1) + 1), heads=len(x))
 
 
 def time_decode(model, prompts, n, policy=None):
-    """The same for decoding n tokens a prompt, each in a slot: from when all prompts are in until so many are out."""
-    context, flops = [len(p) + 1 for p in prompts], 0.0
+    """Decode n tokens a prompt, each in a slot. Timed from when all prompts are in until so many tokens are out."""
     # a budget of more than n, so that no slot runs dry while others are slower
     steps = stream(model, prompts, 2 * n, temperature=0, policy=policy, slots=len(prompts))
     for _ in range(len(prompts)):
         next(steps)  # the first token of each comes with its prefill
-    t, made = seconds(lambda: list(islice(steps, n * len(prompts))), model.embed.weight.device)
+    seconds, made = timed(lambda: list(islice(steps, n * len(prompts))), model.embed.weight.device)
     steps.close()
+    length, context = [len(p) for p in prompts], []
     for step in made:
-        flops += model.cfg.inference_flops(step.depth, context[step.seq])
-        context[step.seq] += 1
-    return dict(seconds=t, tokens=len(made), flops=float(flops), depth=sum(s.depth for s in made) / len(made))
-
-
-def training_step(model, x, a, execution='dense', policy=None):
-    """A step of a plain training loop on x (B, T + 1): a function that returns dict(seconds, tokens, flops, depth)."""
-    model.train().requires_grad_(True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=x.device.type in ('cpu', 'cuda'))
-
-    def step():
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=a.dtype == 'bfloat16'):
-            out = model(x[:, :-1], x[:, 1:], execution=execution, policy=policy, k=0.1)
-        out.loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return out
-
-    def timed():
-        t, out = seconds(step, x.device)
-        depth = out.depth.cpu()
-        if execution == 'dense':  # which runs halted tokens too
-            depth = torch.full_like(depth, model.cfg.n_iter)
-        flops = 3 * float(model.cfg.inference_flops(depth, x.size(1) / 2).sum())  # backward: twice the forward's
-        return dict(seconds=t, tokens=depth.numel(), flops=flops, depth=float(depth.double().mean()))
-    return timed
-
-
-def compiled_graphs():
-    return torch._dynamo.utils.counters['stats']['unique_graphs']
+        length[step.seq] += 1
+        context.append(length[step.seq])
+    depth = torch.tensor([step.depth for step in made])
+    return per_token(model.cfg, seconds, depth, torch.tensor(context), heads=len(made))
 
 
 def time_variants(case, variants, rounds):
     """Run the variants in turn, A B C A B C ..: quartiles of the time a token, and of its ratio to A's in that round.
 
-    Before that each runs until it compiles no more graphs, so that compiling and capturing stay outside the timed part.
+    variants: name -> function -> dict(seconds, flops, depth). Each runs twice before that, so that compiling and
+    capturing graphs stays outside the timed part.
     """
-    runs, graphs = {name: [] for name in variants}, {}
+    runs, graphs, rows = {name: [] for name in variants}, {}, []
     for name, fn in variants.items():
-        start, before = compiled_graphs(), None
-        while before != compiled_graphs():
-            before = compiled_graphs()
-            fn()
-        graphs[name] = before - start
+        before = torch._dynamo.utils.counters['stats']['unique_graphs']
+        fn()
+        fn()
+        graphs[name] = torch._dynamo.utils.counters['stats']['unique_graphs'] - before
     for _ in tqdm(range(rounds), desc=case, leave=False):
         for name, fn in variants.items():
             runs[name].append(fn())
     # ratios within a round: what slows the machine for a while slows all variants alike
-    first, rows = next(iter(variants)), []
-    per_token = {name: np.array([r['seconds'] / r['tokens'] for r in mine]) for name, mine in runs.items()}
-    flops = {name: mine[0]['flops'] / mine[0]['tokens'] for name, mine in runs.items()}
-    for name in variants:
-        time_ratio = np.percentile(per_token[name] / per_token[first], (25, 50, 75)).tolist()
-        flop_ratio = flops[name] / flops[first]
-        rows.append(dict(case=case, variant=name, depth=runs[name][0]['depth'], graphs=graphs[name],
-                         ms_per_token=np.percentile(1e3 * per_token[name], (25, 50, 75)).tolist(),
+    first = next(iter(runs.values()))
+    base = np.array([r['seconds'] for r in first])
+    for name, mine in runs.items():
+        seconds = np.array([r['seconds'] for r in mine])
+        time_ratio = np.percentile(seconds / base, (25, 50, 75)).tolist()
+        flop_ratio = mine[0]['flops'] / first[0]['flops']
+        rows.append(dict(case=case, variant=name, depth=mine[0]['depth'], graphs=graphs[name],
+                         ms_per_token=np.percentile(1e3 * seconds, (25, 50, 75)).tolist(),
                          time_ratio=time_ratio, flop_ratio=flop_ratio, time_per_flops=time_ratio[1] / flop_ratio))
     return rows
-
-
-def speed_text(a, model, state, n, length):
-    """n texts of so many tokens, (n, length) on a.device: random tokens, or with --data from the val split."""
-    if not a.data:
-        generator = torch.Generator().manual_seed(a.seed)
-        return torch.randint(model.cfg.vocab_size, (n, length), generator=generator).to(a.device)
-    val = val_windows(a.data, model, state, length)
-    starts = np.linspace(0, val.n - 1, n + 2)[1:-1].round().astype(int) * length  # neither the first nor the last
-    return val.batch(starts)[:, :length].to(a.device)
-
-
-def speed_cases(a, model, state, length, prompt, new):
-    """What speed() times: pairs (case, variants). variants: name -> function -> dict(seconds, tokens, flops, depth)."""
-    fixed, vanilla = with_config(model, halting=False), with_config(model, halting=False, n_iter=1)
-    if a.compile:
-        for m in (model, fixed, vanilla):
-            for block in m.blocks:  # as train.py does
-                block.compile()
-    policies = {'adaptive': None} if a.data else {}
-    policies |= {f'adaptive, {share:.0%} halted': forced_policy(share, model.cfg.n_iter) for share in a.share}
-    if 'prefill' in a.cases:
-        x = speed_text(a, model, state, a.batch_size, length)
-        yield f'prefill {length}', {
-            'fixed, dense': lambda: time_prefill(fixed, x),
-            'fixed, packed': lambda: time_prefill(fixed, x, execution='packed'),
-            **{name: lambda p=p: time_prefill(model, x, execution='packed', policy=p) for name, p in policies.items()}}
-    for slots in a.slots if 'decode' in a.cases else []:
-        prompts = speed_text(a, model, state, slots, prompt).tolist()
-        yield f'decode, {slots} slots', {
-            'fixed': lambda: time_decode(fixed, prompts, new),
-            **{name: lambda p=p: time_decode(model, prompts, new, p) for name, p in policies.items()}}
-    if 'train' in a.cases:  # last, because it changes the weights
-        text = speed_text(a, model, state, a.batch_size, length)
-        for m in (model, fixed, vanilla):
-            m.float()
-        steps = {'fixed': training_step(fixed, text, a), 'n_iter=1': training_step(vanilla, text, a),
-                 'adaptive, dense': training_step(model, text, a)}
-        if model.cfg.objective == 'saving':  # the paper's loss needs what only dense computes
-            steps |= {f'{name}, packed': training_step(model, text, a, 'packed', p) for name, p in policies.items()}
-        yield f'training step {length - 1}', steps
 
 
 def speed(a):
     """The clock: fixed depth against adaptive with the same weights, each time ratio beside its FLOP ratio.
 
-    A share of halting is forced; with --data the model's own gates run too. Texts: --batch_size of --length tokens to
-    prefill and to train on; a prompt of --prompt tokens a slot to decode --new tokens from.
+    A share of halting is forced; with --data the model's own gates run too.
     """
-    if bool(a.ckpt) == bool(a.config):
-        raise UsageError('give --config or --ckpt')
-    model, state = load(a.ckpt or a.config, a)
+    model, state = load(a.path, a)
     cfg, T = model.cfg, model.cfg.block_size
-    quarter = max(1, T // 4)
-    length, prompt, new = a.length or min(1024, T), a.prompt or min(64, quarter), a.new or min(32, quarter)
-    if cfg.n_iter == 1 or not cfg.halting:
-        raise UsageError('speed compares adaptive with fixed depth: give a model with gates and n_iter > 1')
-    if max(length, prompt + 2 * new) > T:
-        raise UsageError(f'--length, and --prompt + 2 x --new, must be at most block_size, which is {T}')
-    model = model.to(getattr(torch, a.dtype))
+    length, prompt = a.length or min(1024, T), a.prompt or max(1, min(64, T // 4))
+    new = min(32, (T - prompt) // 2)  # time_decode() needs room for twice as many
+    if cfg.n_iter == 1 or not cfg.halting or length > T or new < 1:
+        raise UsageError(f'give a model with gates and n_iter > 1, --length up to block_size ({T}), --prompt below it')
+    fixed = copy.deepcopy(model)
+    fixed.cfg, fixed.gates = replace(cfg, halting=False), torch.nn.ModuleList()
+    if a.compile:
+        for block in [*model.blocks, *fixed.blocks]:  # as train.py does
+            block.compile()
+    policies = {'adaptive': None} if a.data else {}
+    for share in a.share:  # of all iterations 2 .. K
+        policy = scheduled_policy('geometric', np.arange(cfg.n_iter), (1 - share) * (cfg.n_iter - 1))
+        policies[f'adaptive, {share:.0%} halted'] = policy
+
+    def text(n, length):
+        if a.data:
+            return val_text(a.data, model, state, n, length)[:, :length].to(a.device)
+        generator = torch.Generator().manual_seed(a.seed)
+        return torch.randint(cfg.vocab_size, (n, length), generator=generator).to(a.device)
+    cases = {f'prefill {length}': partial(time_prefill, x=text(1, length))}
+    for n in a.slots:
+        cases[f'decode, {n} slots'] = partial(time_decode, prompts=text(n, prompt).tolist(), n=new)
     rows = []
-    for case, variants in speed_cases(a, model, state, length, prompt, new):
+    for case, run in cases.items():
+        variants = {'fixed': partial(run, fixed)}
+        variants |= {name: partial(run, model, policy=policy) for name, policy in policies.items()}
         rows += time_variants(case, variants, a.rounds)
-    print(f'{a.ckpt or a.config}: K = {cfg.n_iter}, {count_parameters(cfg):,} parameters, {a.dtype} on {a.device}; '
-          f'prompts of {prompt} tokens, {new} new ones a slot. Medians and [quartiles] of {a.rounds} rounds.\n')
+    print(f'{a.path}: K = {cfg.n_iter}, {count_parameters(cfg):,} parameters, {a.dtype} on {a.device}; prompts of '
+          f'{prompt} tokens, {new} new ones a slot. Medians and [quartiles] of {a.rounds} rounds.\n')
     quartiles = '{0[1]:.3f} [{0[0]:.3f} {0[2]:.3f}]'
     print(table(rows, dict(case='{}', variant='{}', depth='{:.2f}', ms_per_token=quartiles, time_ratio=quartiles,
-                           flop_ratio='{:.3f}', time_per_flops='{:.3f}'), left=2))
-    report(a, config=asdict(cfg), rows=rows)
-
-
-# -----------------------------------------------------------------------------
-# plan: what training a config takes
-
-class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made while it is entered: `peak`, the most that lived at a time."""
-
-    def __init__(self):
-        super().__init__()
-        self.live, self.peak, self.known = 0, 0, weakref.WeakSet()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
-            if storage is not None and storage not in self.known:  # no view of what was there before
-                self.known.add(storage)
-                self.live += storage.nbytes()
-                weakref.finalize(storage, self.free, storage.nbytes())
-        self.peak = max(self.peak, self.live)
-        return out
-
-    def free(self, n):
-        self.live -= n
-
-
-class AllTokensRun(TorchFunctionMode):
-    """Answers for tensors without values, as if no token ever halted: then memory is at its largest."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.nonzero:  # who goes on: all
-            return torch.arange(len(args[0]), device=args[0].device)[:, None]
-        if func is torch.Tensor.__getitem__ and getattr(args[1], 'dtype', None) is torch.bool:  # who halted: none
-            return args[0][:0]
-        return func(*args, **(kwargs or {}))
-
-
-def activation_memory(cfg, batch_size, bfloat16=True, remat=False, like_gpu=True):
-    """Bytes at the peak of a forward and backward pass over batch_size sequences, beyond weights, gradients and AdamW.
-
-    Runs the model itself on fake tensors, which have shapes and no values, so any size fits any machine. like_gpu: the
-    paths that the model takes on a GPU. An upper bound: torch.compile keeps less, and autograd adds up gradients in
-    place where it can, but never fake ones: at most the size of the gradients.
-    """
-    with FakeTensorMode():
-        with torch.device('meta'):
-            model = AdaPonderLM(cfg)
-        weights = {name: torch.empty(p.shape) for name, p in model.state_dict().items()}
-        model.load_state_dict(weights, assign=True)
-        model.remat = remat
-        if like_gpu:
-            model.on_cpu = lambda h: False
-        for p in model.parameters():
-            p.grad = torch.empty_like(p)
-        x = torch.empty(batch_size, cfg.block_size + 1, dtype=torch.int64)
-        with AllTokensRun(), PeakMemory() as memory:
-            with torch.autocast('cpu', torch.bfloat16, enabled=bfloat16):
-                loss = model(x[:, :-1], x[:, 1:], k=0.1).loss
-            loss.backward()
-    return memory.peak
-
-
-def plan(a):
-    """What training a config takes: FLOPs, days, dollars, memory of a GPU and the largest micro-batch that fits it."""
-    cfg, t = config_of(a.config, a.set)
-    peak, gigabytes = GPUS[a.gpu]
-    N, K, P = t.batch_size * t.block_size, cfg.n_iter, count_parameters(cfg)
-    steps = in_steps('max_steps', t.max_steps, N * t.gradient_accumulation_steps)
-    tokens = steps * t.gradient_accumulation_steps * N
-    forward = cfg.inference_flops(K, (t.block_size + 1) / 2)
-    vanilla = replace(cfg, n_iter=1).inference_flops(1, (t.block_size + 1) / 2)
-    training = 3 * forward * tokens
-    hours = training / (peak * a.mfu) / 3600
-    bfloat16 = t.dtype != 'float32'
-
-    # memory: what each GPU holds all the time, and a micro-batch at its peak
-    shards = a.gpus if t.shard_optimizer else 1
-    memory = dict(weights=4 * P, gradients=4 * P, optimizer=8 * P / shards)
-    memory['activations'] = activation_memory(cfg, t.batch_size, bfloat16, t.remat)
-    need, room = sum(memory.values()), 0.92e9 * gigabytes  # the rest for CUDA's context and fragments
-    # two sizes tell how much each sequence adds
-    each = (activation_memory(cfg, 2 * t.batch_size, bfloat16, t.remat) - memory['activations']) / t.batch_size
-    largest = max(0, math.floor(t.batch_size + (room - need) / each))
-    cache = 2 * cfg.n_layer * K * cfg.n_embd * cfg.block_size * (2 if bfloat16 else 4)
-
-    print(f"""{a.config} on {a.gpus} x {a.gpu}: P = {P:,} parameters, K = {K}, micro-batches of N = {N:,} tokens
-
-    tokens       {tokens / 1e9:.3f} B: {steps:,} steps x {t.gradient_accumulation_steps} N
-    forward      {forward / 1e9:.3f} GFLOPs a token that runs all iterations; {forward / vanilla:.2f} x n_iter=1
-    training     {training:.3e} FLOPs: 3 x forward x tokens
-    time         {hours / a.gpus / 24:.2f} days, {hours:,.0f} GPU hours, at {peak / 1e12:.0f} TFLOP/s x MFU {a.mfu:.0%}
-    price        {show('${:,.0f}', a.price and hours * a.price) or 'GPU hours x --price'}
-    weights      {memory['weights'] / 1e9:.2f} GB: 4 P
-    gradients    {memory['gradients'] / 1e9:.2f} GB: 4 P
-    optimizer    {memory['optimizer'] / 1e9:.2f} GB: 8 P / {shards}
-    activations  {memory['activations'] / 1e9:.2f} GB: of a micro-batch at its peak, counted on tensors without values
-    a GPU        {need / 1e9:.2f} GB of {gigabytes}; each sequence takes {each / 1e9:.3f} GB: batch_size {largest} fits
-    decoding     {cache / 1e9:.2f} GB: K and V of one sequence of {cfg.block_size} tokens
-""")
-    if need > room:
-        print('TOO MUCH for the GPU: lower batch_size, or set remat or shard_optimizer')
-    if t.gradient_accumulation_steps % a.gpus:
-        print(f'train.py will refuse: gradient_accumulation_steps must be a multiple of {a.gpus}')
-    report(a, config=asdict(cfg), parameters=P, tokens=tokens, forward_flops=forward, training_flops=training,
-           gpu_hours=hours, memory=memory, peak_memory=need, largest_batch_size=largest)
+                           flop_ratio='{:.3f}', time_per_flops='{:.3f}')))
+    return dict(config=asdict(cfg), rows=rows)
 
 
 # -----------------------------------------------------------------------------
@@ -985,8 +669,7 @@ def sampling_of(settings):
     until = settings.get('until') or []
     until = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
     names = ('max_gen_toks', 'max_new_tokens', 'max_tokens', 'max_completion_tokens')
-    given = [settings[name] for name in names if settings.get(name) is not None]
-    new_tokens = int(given[0]) if given else 256
+    new_tokens = next((int(settings[name]) for name in names if settings.get(name) is not None), 256)
     # sampling needs a temperature; without one, or with do_sample=False, decoding is greedy
     temperature = float(settings.get('temperature') or 0.0)
     if settings.get('do_sample') is False:
@@ -996,21 +679,14 @@ def sampling_of(settings):
 
 
 def harness_model(model, enc, a):
-    """An lm_eval model around this one, at adaptive depth. Its list `spent` sums tokens, iterations and FLOPs."""
+    """An lm_eval model around this one, at adaptive depth, a text at a time. `depths`: of all tokens that ran."""
     from lm_eval import utils
     from lm_eval.api.model import TemplateLM
-    T, eot = model.cfg.block_size, enc.eot_token
-    tau = model.cfg.tau if a.tau is None else a.tau
+    T, eot, halting = model.cfg.block_size, enc.eot_token, dict(tau=a.tau, max_iter=a.max_iter)
 
     class Adaptive(TemplateLM):
         eot_token_id = eot
-        spent = [0, 0, 0.0]
-
-        def spend(self, depth, context):
-            """Count tokens that ran: depth, and the number of keys that each attended to, (N,) both."""
-            depth, context = torch.as_tensor(depth).cpu(), torch.as_tensor(context, dtype=torch.float64)
-            flops = model.cfg.inference_flops(depth, context, a.max_iter).sum()
-            self.spent = [x + y for x, y in zip(self.spent, (depth.numel(), int(depth.sum()), float(flops)))]
+        depths = []
 
         def tok_encode(self, string, add_special_tokens=None, **rest):
             return enc.encode_ordinary(string)
@@ -1018,49 +694,36 @@ def harness_model(model, enc, a):
         @torch.inference_mode()
         def _loglikelihood_tokens(self, requests, **rest):
             """requests: (_, context, continuation), lists of tokens. Returns pairs (log-probability, is it greedy)."""
-            done = [None] * len(requests)
-            # sorted by length, so that there is little padding
-            order = sorted(range(len(requests)), key=lambda n: -len(requests[n][1]) - len(requests[n][2]))
-            for first in tqdm(range(0, len(order), a.batch_size), desc='loglikelihood', leave=False):
-                numbers = order[first:first + a.batch_size]
-                texts = [(requests[n][1] + requests[n][2])[-T - 1:-1] for n in numbers]
-                length = torch.tensor([len(t) for t in texts], device=a.device)
-                x = torch.tensor([t + [0] * (int(length.max()) - len(t)) for t in texts], device=a.device)
-
-                def policy(i, s, h, row, pos):  # padding comes after the text, so nothing sees it, and halts at once
-                    return (s >= tau) & (pos < length[row])
-                # only the continuation's states become logits
-                with autocast(a):
-                    out = model(x, execution='packed', policy=policy, max_iter=a.max_iter)
-                    for r, n in enumerate(numbers):
-                        want = torch.tensor(requests[n][2][-T:], device=a.device)
-                        log_p = log_probs(model, out.hidden[r, length[r] - len(want):length[r]])
-                        done[n] = float(log_p.gather(-1, want[:, None]).sum()), bool((log_p.argmax(-1) == want).all())
-                        self.spend(out.depth[r, :length[r]], range(1, int(length[r]) + 1))
+            done = []
+            for _, context, continuation in tqdm(requests, desc='loglikelihood', leave=False):
+                text = torch.tensor([(context + continuation)[-T - 1:]], device=a.device)
+                want = text[0, 1:][-len(continuation):]
+                out = model(text[:, :-1], execution='packed', **halting)
+                log_p = log_probs(model, out.hidden[0, -len(want):])
+                done.append((float(log_p.gather(-1, want[:, None]).sum()), bool((log_p.argmax(-1) == want).all())))
+                self.depths += out.depth[0].tolist()
             return done
 
         def loglikelihood_rolling(self, requests, disable_tqdm=False):
             """Log-probability of each whole text, in windows that see as much of it as fits."""
-            windows = []
-            for r in requests:
-                tokens = enc.encode_ordinary(r.args[0])
-                rolling = utils.get_rolling_token_windows(tokens, prefix_token=eot, max_seq_len=T, context_len=1)
-                windows.append([(None, *utils.make_disjoint_window(w)) for w in rolling])
-            values = iter(self._loglikelihood_tokens([w for ws in windows for w in ws]))
-            return [sum(next(values)[0] for _ in ws) for ws in windows]
+            done = []
+            for request in requests:
+                tokens = enc.encode_ordinary(request.args[0])
+                windows = utils.get_rolling_token_windows(tokens, prefix_token=eot, max_seq_len=T, context_len=1)
+                windows = [(None, *utils.make_disjoint_window(window)) for window in windows]
+                done.append(sum(log_p for log_p, greedy in self._loglikelihood_tokens(windows)))
+            return done
 
         def generate_until(self, requests, disable_tqdm=False):
-            """Texts up to a stop string, the wished length or their end, one at a time."""
+            """Texts up to a stop string, the wished length or their end."""
             done = []
             for n, request in enumerate(tqdm(requests, desc='generate', leave=False)):
                 context, settings = request.args
-                until, budget, temperature, top_k, top_p = sampling_of(settings)
-                if budget >= T:
-                    raise UsageError(f'a task wants {budget} new tokens, and this model sees {T} at a time')
-                prompt, made, text = (enc.encode_ordinary(context) or [eot])[-(T - budget):], [], ''
-                sampling = temperature, top_k, top_p, torch.Generator().manual_seed(a.seed + n)
-                for step in stream(model, [prompt], budget, *sampling, tau, a.max_iter, stop_token=eot):
-                    self.spend([step.depth], [len(prompt) + len(made)])
+                until, budget, *sampling = sampling_of(settings)
+                prompt, made, text = (enc.encode_ordinary(context) or [eot])[-max(1, T - budget):], [], ''
+                generator = torch.Generator().manual_seed(a.seed + n)
+                for step in stream(model, [prompt], budget, *sampling, generator, **halting, stop_token=eot):
+                    self.depths.append(step.depth)
                     made.append(step.token)
                     text = enc.decode([t for t in made if t != eot and t < enc.n_vocab])
                     if any(stop in text for stop in until):
@@ -1071,94 +734,64 @@ def harness_model(model, enc, a):
 
 
 def downstream(a):
-    """Tasks of lm-evaluation-harness at adaptive depth, with mean depth and FLOPs beside the scores. Needs lm-eval."""
+    """Tasks of lm-evaluation-harness at adaptive depth, with the mean depth beside the scores. Needs lm-eval."""
     try:
         import lm_eval
         from lm_eval.tasks import TaskManager
+        from lm_eval.utils import make_table
     except ImportError:
         raise UsageError('downstream needs lm-evaluation-harness: pip install lm-eval') from None
-    model, state = load(a.ckpt, a)
-    model.check_max_iter(a.max_iter)
-    if a.tokenizer:
-        enc = load_tokenizer(a.tokenizer)
-    elif 'meta' in state:
-        enc = load_tokenizer(state['meta'], Path(a.ckpt).parent)
-    else:  # the one that lies beside Hugging Face's weights
-        files = [f for f in model.tokenizer_files if Path(f).name.startswith('tokenizer.')]
-        if not files:
-            raise UsageError(f'{a.ckpt} has no tokenizer.json: give --tokenizer')
-        enc = load_tokenizer(str(files[0]))
+    model, enc = sample.load(a.ckpt, a.tokenizer, getattr(torch, a.dtype))
+    model = model.to(a.device).eval().requires_grad_(False)
     if enc.eot_token >= model.cfg.vocab_size:
         raise UsageError('the tokenizer has more tokens than the model: give the one that it was trained with')
-    lm, manager, rows = harness_model(model, enc, a), TaskManager(include_path=a.include_path), []
-    tasks = a.tasks.split(',')
-    unknown = [t for t in tasks if t not in manager.all_tasks]
-    if unknown:
-        raise UsageError(f'lm-eval knows no task {", ".join(unknown)}; --include_path names a folder with task files')
-    seeds = {f'{what}_seed': a.seed for what in ('random', 'numpy_random', 'torch_random', 'fewshot_random')}
-    for task in tasks:
-        lm.spent = [0, 0, 0.0]
-        found = lm_eval.simple_evaluate(lm, tasks=[task], num_fewshot=a.num_fewshot, limit=a.limit,
-                                        task_manager=manager, log_samples=False, bootstrap_iters=1000, **seeds)
-        n, depth, flops = lm.spent
-        for name, result in found['results'].items():
-            for metric, value in result.items():
-                if isinstance(value, float) and '_stderr' not in metric:
-                    error = result.get(metric.replace(',', '_stderr,'))
-                    value = dict(mean=value, error=error if isinstance(error, float) else None)
-                    rows.append(dict(task=name, metric=metric.split(',')[0], value=value, tokens=n, depth=depth / n,
-                                     flops=flops / n))
-    print(f'\n{a.ckpt}: K = {model.cfg.n_iter}, tau {model.cfg.tau if a.tau is None else a.tau:g}, '
-          f'at most {a.max_iter or model.cfg.n_iter} iterations, {a.num_fewshot or 0} shots\n')
-    forms = dict(task='{}', metric='{}', value='{:.4f}', depth='{:.2f}', flops='{:.4g}')  # means over tokens
-    print(table(rows, forms, left=2))
-    report(a, config=asdict(model.cfg), rows=rows)
+    lm, manager, found = harness_model(model, enc, a), TaskManager(), {}
+    for task in a.tasks.split(','):
+        if task not in manager.all_tasks and not Path(task).is_file():
+            raise UsageError(f'lm-eval knows no task {task}')
+    for task in a.tasks.split(','):
+        lm.depths = []
+        scores = lm_eval.simple_evaluate(lm, tasks=[task], num_fewshot=a.num_fewshot, limit=a.limit,
+                                         task_manager=manager, log_samples=False, bootstrap_iters=1000)
+        found[task] = dict(results=scores['results'], depth=float(np.mean(lm.depths)))
+        print(f'{make_table(scores)}\n{task}: mean depth {found[task]["depth"]:.2f} of {model.cfg.n_iter}\n')
+    return dict(config=asdict(model.cfg), tasks=found)
 
 
 # -----------------------------------------------------------------------------
 # curves: the logs of runs side by side
 
-COLUMNS = dict(tokens='{:,}', loss='{:.4f}', val_loss='{:.4f}', depth='{:.2f}', val_depth='{:.2f}',
+COLUMNS = dict(run='{}', tokens='{:,}', loss='{:.4f}', val_loss='{:.4f}', depth='{:.2f}', val_depth='{:.2f}',
                val_flops_saved='{:.1%}', tokens_per_second='{:,.0f}', mfu='{:.1%}')
 PANELS = ('loss', 'val_loss', 'depth', 'val_depth', 'grad_norm', 'gate_mean', 'tokens_per_second', 'lr')
 
 
-def read_log(folder):
-    """log.jsonl of a run: key -> [(step, value), ...]. A line that a killed run was writing is left out."""
-    path, log = Path(folder) / 'log.jsonl', {key: [] for key in (*PANELS, *COLUMNS)}
-    if not path.is_file():
-        raise UsageError(f'no log at {path}: give the out_dir of a run of train.py')
-    for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
-        try:
-            record = json.loads(line)
-            step = record['step']
-        except (ValueError, KeyError, TypeError, RecursionError):
-            continue
-        for key in log:
-            if record.get(key) not in (None, []):
-                log[key].append((step, record[key]))
-    return log
-
-
 def curves(a):
     """The logs of runs side by side: a table of how far they are, and a picture. loss is the cross entropy."""
-    logs = {folder: read_log(folder) for folder in a.folders}
-    last = [{key: points[-1][1] for key, points in log.items() if points} for log in logs.values()]
-    print(table([dict(run=folder, **values) for folder, values in zip(logs, last)], dict(run='{}', **COLUMNS)))
-    plt = pyplot()
-    if plt:
-        fig, axes = plt.subplots(2, 4, figsize=(18, 7))
-        for ax, key in zip(axes.flat, PANELS):
-            for n, (name, log) in enumerate(logs.items()):
-                lists = [(step, v if isinstance(v, list) else [v]) for step, v in log[key]]  # gate_mean: a line a gate
-                for i in range(max((len(v) for _, v in lists), default=0)):
-                    points = [(step, v[i]) for step, v in lists if len(v) > i and v[i] is not None]
-                    ax.plot(*zip(*points), color=f'C{n}', alpha=0.75 ** i, lw=1, label=name if i == 0 else None)
-            ax.set(title=key, xlabel='step', yscale='log' if key == 'grad_norm' else 'linear')
-        axes[0, 0].legend(fontsize=7)
-        fig.tight_layout()
-        save_figure(plt, fig, a.out)
-    report(a, runs=logs)
+    logs, rows = defaultdict(list), []
+    for folder in a.folders:
+        rows.append(dict(run=folder))
+        for line in (Path(folder) / 'log.jsonl').read_text(encoding='utf-8', errors='replace').splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue  # a killed run was writing it
+            logs[folder].append({key: value for key, value in record.items() if value not in (None, [])})
+            rows[-1].update(logs[folder][-1])  # what each key said last
+    print(table(rows, COLUMNS))
+
+    def draw(ax, key):
+        for n, (folder, records) in enumerate(logs.items()):
+            points = [(record['step'], record[key]) for record in records if key in record]
+            if points:  # gate_mean has a value for each gate: a line each
+                steps, values = zip(*points)
+                ax.plot(steps, np.array(values, float), color=f'C{n}', alpha=0.75, lw=1, label=folder)
+        ax.set(xlabel='step', yscale='log' if key == 'grad_norm' else 'linear')
+        if key == PANELS[0]:
+            ax.legend(fontsize=7)
+    Path(a.out).parent.mkdir(parents=True, exist_ok=True)
+    save_figure(a.out, draw, dict(zip(PANELS, PANELS)), 4, 4.5, 3.5)
+    return dict(runs=logs)
 
 
 # -----------------------------------------------------------------------------
@@ -1183,31 +816,26 @@ def make_parser():
     sub = parser.add_subparsers(dest='command', required=True)
 
     def command(fn, runs=True):
-        """A subcommand. runs: it computes with a model, so it has a device and a dtype."""
+        """A subcommand. runs: a model, on a device."""
         c = sub.add_parser(fn.__name__, help=fn.__doc__.split('\n')[0], description=fn.__doc__)
         c.set_defaults(run=fn)
         c.add_argument('--json', type=PATH, help='write the numbers here')
-        c.add_argument('--seed', type=number(int, 0, 2 ** 32 - 1), default=1337)
         if runs:
+            c.add_argument('--seed', type=number(int, 0, 2 ** 32 - 1), default=1337)
             c.add_argument('--device', default='auto', help='cpu, cuda, cuda:1, mps; auto: a GPU where there is one')
             c.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
         return c.add_argument
 
     arg = command(flops)
-    arg('--config', nargs='*', type=PATH, default=[], help='config files')
-    arg('--ckpt', nargs='*', type=PATH, default=[], help='checkpoints or GPT-NeoX folders')
-    arg('--context', type=COUNT, help='tokens of the causal pass; default block_size')
+    arg('--config', '--ckpt', dest='paths', nargs='+', type=PATH, action='extend', required=True)
 
     arg = command(ppl)
     arg('--ckpt', required=True, type=PATH, help='a ckpt.pt of train.py')
     arg('--data', type=PATH, help='a folder of prepare_data.py; default: the one that the checkpoint was trained on')
-    arg('--others', nargs='+', default=[], metavar='NAME=CKPT',
-        help='other models: with gates as they were trained, without gates under exits by confidence and convergence; '
-        'the gain that is retained is that of the one named fixed over the one named vanilla')
+    arg('--others', nargs='+', default=[], metavar='NAME=CKPT', help='models to compare with, of the same data')
     arg('--policies', nargs='+', choices=POLICIES, default=POLICIES)
     arg('--save', nargs='*', type=SHARE, default=[0.05, 0.15, 0.25], help="shares of fixed depth's FLOPs to save")
-    arg('--eval_tokens', type=COUNT, default=32768, help='of the val split, to measure on')
-    arg('--calib_tokens', type=COUNT, default=8192, help='others of it, to set thresholds on')
+    arg('--eval_tokens', type=COUNT, default=32768, help='of the val split, evenly spread')
     arg('--batch_size', type=COUNT, default=16)
     arg('--group', help='name of the setting: results takes the mean over the seeds of one')
 
@@ -1216,16 +844,12 @@ def make_parser():
     arg('--out', type=PATH, default='out/results', help='a folder')
 
     arg = command(speed)
-    arg('--ckpt', type=PATH, help='a checkpoint or a GPT-NeoX folder')
-    arg('--config', type=PATH, help='a config file: random weights in its shape')
-    arg('--cases', nargs='+', choices=('prefill', 'decode', 'train'), default=['prefill', 'decode', 'train'])
+    arg('--ckpt', '--config', dest='path', type=PATH, required=True, help='the latter for random weights')
     arg('--share', nargs='*', type=SHARE, default=[0.0, 0.5], help='of the pairs (token, iteration 2 .. K) not to run')
     arg('--data', type=PATH, help='a folder of prepare_data.py: its val split instead of random tokens')
-    arg('--length', type=number(int, 2), help='tokens to prefill and to train on; default: block_size, at most 1024')
-    arg('--batch_size', type=COUNT, default=1, help='such texts at a time')
+    arg('--length', type=number(int, 2), help='tokens to prefill; default: block_size, at most 1024')
     arg('--slots', nargs='*', type=COUNT, default=[1, 8, 32, 128], help='texts to decode at a time')
     arg('--prompt', type=COUNT, help='tokens of a prompt to decode from; default: a quarter of block_size, at most 64')
-    arg('--new', type=COUNT, help='tokens to decode in each slot; default: a quarter of block_size, at most 32')
     arg('--rounds', type=COUNT, default=5)
     arg('--compile', action='store_true', help='torch.compile the blocks')
 
@@ -1239,12 +863,10 @@ def make_parser():
 
     arg = command(downstream)
     arg('--ckpt', required=True, type=PATH, help='a ckpt.pt of train.py or a GPT-NeoX folder')
-    arg('--tasks', required=True, help='lambada_openai,piqa,arc_easy,...')
-    arg('--include_path', type=PATH, help='a folder with task files of your own')
+    arg('--tasks', required=True, help='lambada_openai,piqa,arc_easy,..., or the YAML file of a task of your own')
     arg('--tokenizer', type=PATH, help="a tokenizer.json; default: the checkpoint's")
     arg('--num_fewshot', type=number(int, 0))
     arg('--limit', type=COUNT, help='documents a task')
-    arg('--batch_size', type=COUNT, default=16)
     arg('--tau', type=SHARE)
     arg('--max_iter', type=COUNT)
 
@@ -1254,28 +876,24 @@ def make_parser():
     return parser
 
 
-def check_outputs(a):
-    """Refuse what cannot be written before the work, not after it."""
-    files = [a.json] if a.json else []
-    if a.command == 'results':
-        Path(a.out).mkdir(parents=True, exist_ok=True)
-        files += [Path(a.out) / name for name in ('results.md', 'results.json', 'isoflops.png', 'nll_by_depth.png')]
-    if a.command == 'curves':
-        if Path(a.out).suffix not in ('.png', '.pdf', '.svg'):
-            raise UsageError(f'--out must end in .png, .pdf or .svg, unlike {a.out}')
-        Path(a.out).parent.mkdir(parents=True, exist_ok=True)
-        files.append(a.out)
-    for file in files:
-        check_writable(file)
-
-
 def main(argv=None):
+    """Run a command. Returns the numbers that it prints, a dict."""
     a = make_parser().parse_args(argv)
     run = vars(a).pop('run')
-    check_outputs(a)
+    if a.json:
+        check_writable(a.json)  # before the work, not after it
     if 'device' in a:
         a.device = get_device(a.device)
-    run(a)
+        get_autocast(a.device, a.dtype)  # refuses bfloat16 on a GPU without it
+    measured = run(a)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'
+    machine = dict(cpu=platform.processor() or platform.machine(), cpus=os.cpu_count(), gpu=gpu,
+                   threads=torch.get_num_threads(), python=platform.python_version(), torch=torch.__version__)
+    print('\n' + ', '.join(f'{k} {v}' for k, v in machine.items()))
+    if a.json:
+        text = json.dumps(dict(arguments=vars(a), machine=machine, **measured), indent=1, default=str)
+        write_beside(a.json, text.encode('utf-8'))
+    return measured
 
 
 if __name__ == '__main__':

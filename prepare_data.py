@@ -4,7 +4,7 @@ Text in, token files out.
     python prepare_data.py                                    the Python standard library's own source -> data/stdlib
     python prepare_data.py shakespeare --val_fraction 0.1     tiny Shakespeare (1 MB, downloaded) -> data/shakespeare
     python prepare_data.py PATH ... --tokenizer gpt2          files, folders, globs -> data/NAME
-    python prepare_data.py pile/*.jsonl.zst --tokenizer tokenizer.json --out data/pile --shard_tokens 1e9 --shard 0/64
+    python prepare_data.py pile/*.jsonl.zst --tokenizer tokenizer.json --out data/pile
 
 A text or source file is one document (one of over two million characters: several, cut at the ends of lines). A
 .jsonl file has one document a line and a .parquet file one a row, in the field "text". All but Parquet may be packed as
@@ -97,10 +97,8 @@ def write_beside(path, data):
 def check_writable(path):
     """Raise UsageError unless write_beside(path) will work: asked before the work whose result goes there."""
     path = Path(os.path.expanduser(path))
-    if os.path.isdir(path):
-        raise UsageError(f'{path} is a folder: give the name of a file')
     if os.path.exists(path) and not path.is_file():
-        raise UsageError(f'{path} is not a regular file: give another name')
+        raise UsageError(f'{path} is a folder or a device: give the name of a file')
     trial = path.with_name(f'{path.name}.test')
     try:
         write_beside(trial, b'')
@@ -274,56 +272,51 @@ def find_inputs(sources, out):
     """Return (path or 'hf:NAME', whether the user named this very file, bytes, time of change), in a fixed order."""
     inputs = {}
     for source in map(str, sources):
-        path = os.path.expanduser(source)
-        in_folder = source == 'stdlib' or os.path.isdir(path)
         if source.startswith('hf:'):
             inputs[source] = (source, True, 0, 0)
             continue
+        if source == 'shakespeare':
+            source = str(download_shakespeare(out))
+        path = sysconfig.get_paths()['stdlib'] if source == 'stdlib' else os.path.expanduser(source)
+        in_folder = os.path.isdir(path)
+        names = walk(path, out) if in_folder else [path, *glob.glob(path, recursive=True)]
         if source == 'stdlib':
-            files = [file for file in walk(sysconfig.get_paths()['stdlib'], out) if file.suffix == '.py']
-        elif source == 'shakespeare':
-            files = [download_shakespeare(out)]
-        elif in_folder:
-            files = walk(path, out)
-        else:
-            names = [path] if os.path.isfile(path) else glob.glob(path, recursive=True)
-            files = [Path(name) for name in names if os.path.isfile(name)]
+            names = [name for name in names if name.endswith('.py')]
+        files = sorted({Path(name) for name in names if os.path.isfile(name)})
         if not files:
             raise UsageError(f'no files found for {source!r}: give files, folders, globs, stdlib, shakespeare, hf:NAME')
-        for file in sorted(files):
-            named = not in_folder or (file in inputs and inputs[file][1])
-            inputs[file] = (file, named, file.stat().st_size, file.stat().st_mtime_ns)
+        for file in files:
+            inputs.setdefault(file, (file, not in_folder, file.stat().st_size, file.stat().st_mtime_ns))
     return list(inputs.values())
 
 
 def walk(folder, out):
     """The files of a folder and those below it, without hidden ones and without the output folder."""
-    files = []
-    for at, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if name[0] != '.' and name not in LEFT_OUT]
+    names = []
+    for at, folders, files in os.walk(folder):
         if Path(at).resolve() == out.resolve():
-            folders[:], names = [], []
-        paths = [Path(at, name) for name in names if name[0] != '.']
-        files += [path for path in paths if path.is_file()]
-    return files
+            folders.clear()
+            continue
+        folders[:] = [name for name in folders if name[0] != '.' and name not in LEFT_OUT]
+        names += [os.path.join(at, name) for name in files if name[0] != '.']
+    return names
 
 
 def download_shakespeare(out):
     path = out / 'input.txt'
-    if path.is_file():
-        return path
-    try:
-        with urllib.request.urlopen(SHAKESPEARE, timeout=30) as response:
-            text = response.read()
-    except Exception as e:  # urllib lets through those of http and ssl too
-        raise UsageError(f'shakespeare could not be downloaded ({e}): without a network give stdlib, or text files')
-    out.mkdir(parents=True, exist_ok=True)
-    write_beside(path, text)
+    if not path.is_file():
+        try:
+            with urllib.request.urlopen(SHAKESPEARE, timeout=30) as response:
+                text = response.read()
+        except Exception as e:  # urllib lets through those of http and ssl too
+            raise UsageError(f'shakespeare could not be downloaded ({e}): without a network give stdlib, or text files')
+        out.mkdir(parents=True, exist_ok=True)
+        write_beside(path, text)
     return path
 
 
 def read_documents(path):
-    """Yield (text, bytes of the file read so far) for every document of one input.
+    """Yield (text, bytes of the file read so far) for every document of one input that is not empty.
 
     Raises UnicodeError for a text file that is not text, and UsageError for anything else that is wrong with it.
     """
@@ -334,8 +327,7 @@ def read_documents(path):
             dataset, _, config = str(path)[3:].partition(':')
             rows = optional('datasets', path).load_dataset(dataset, config or None, split='train', streaming=True)
             print(f'{path} streams, and does not tell its length: the bar cannot show the time that is left')
-            for i, row in enumerate(rows):
-                yield row_text(row, f'{path}, row {i}'), 0
+            yield from ((text, 0) for text in row_texts(rows, path))
             return
         with open(path, 'rb') as raw:
             stream = raw  # a file that is damaged or was cut off raises an error in either library
@@ -346,42 +338,49 @@ def read_documents(path):
             if form == '.parquet':
                 table = optional('pyarrow.parquet', path).ParquetFile(raw)
                 rows = (row for batch in table.iter_batches(256, columns=['text']) for row in batch.to_pylist())
-                for i, row in enumerate(rows):
-                    yield row_text(row, f'{path}, row {i}'), raw.tell()
+                texts = row_texts(rows, path)
             elif form in ('.jsonl', '.ndjson'):
-                for i, line in enumerate(stream, 1):
-                    if line.strip():
-                        yield row_text(line, f'{path}, line {i}'), raw.tell()
+                texts = row_texts(stream, path)
             else:
-                reader = io.TextIOWrapper(stream, encoding='utf-8-sig', newline='')
-                while text := reader.read(LONGEST):
-                    text += reader.readline(LONGEST)  # a long text is cut at the ends of lines
-                    if '\0' in text:  # an archive, UTF-16, or another binary file
-                        raise UnicodeError('it holds zero bytes')
-                    yield text, raw.tell()
+                texts = long_texts(io.TextIOWrapper(stream, encoding='utf-8-sig', newline=''))
+            for text in texts:
+                yield text, raw.tell()
     except (UsageError, UnicodeError):
         raise
     except Exception as e:  # every library has its own
         raise UsageError(f'{path} cannot be read ({e}): mend it or leave it out')
 
 
-def row_text(row, where):
-    """The text of a row of a table, or of a line of JSON (bytes)."""
-    try:
-        text = (json.loads(row) if isinstance(row, bytes) else row)['text']
-        # half a surrogate pair, as JSON may hold it, is no character
-        return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UsageError(f'{where} is not an object with a string "text": mend it or leave it out')
+def row_texts(rows, path):
+    """The field "text" of the rows of a table, or of lines of JSON (bytes)."""
+    for i, row in enumerate(rows, 1):
+        if isinstance(row, bytes) and not row.strip():
+            continue
+        try:
+            text = (json.loads(row) if isinstance(row, bytes) else row)['text']
+            # half a surrogate pair, as JSON may hold it, is no character
+            text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise UsageError(f'{path}, line {i} is not an object with a string "text": mend it or leave it out')
+        if text:
+            yield text
 
 
-def read_batches(inputs, enc, val_fraction, train_bytes, skipped):
-    """Yield batches (list of (text, split), bytes read); split is 0 for train, 1 for val.
+def long_texts(reader):
+    """A text, or where it is too long for one document the parts of it, cut at the ends of lines."""
+    while text := reader.read(LONGEST):
+        text += reader.readline(LONGEST)
+        if '\0' in text:  # an archive, UTF-16, or another binary file
+            raise UnicodeError('it holds zero bytes')
+        yield text
 
-    The same inputs give the same batches. train_bytes: text after so many bytes is for validation; None: a hash of the
-    document decides. skipped: this list collects the files of folders that are not text.
+
+def read_batches(inputs, enc, val_fraction, skipped):
+    """Yield batches (list of (text, split), bytes read); split is 0 for train, 1 for val. Same inputs, same batches.
+
+    skipped: this list collects the files of folders that are not text.
     """
-    batch, size, before, text_bytes = [], 0, 0, 0
+    batch, size, before, total, splits = [], 0, 0, 0, set()
     refuses_blanks = type(enc) is tiktoken.Encoding and enc.name != 'bytes'
     for path, named, file_size, _ in inputs:
         begun = False
@@ -390,22 +389,22 @@ def read_batches(inputs, enc, val_fraction, train_bytes, skipped):
                 begun = True
                 if refuses_blanks and LONG_BLANKS.search(text):
                     raise UsageError(f'{path} has 100,000 blanks in a row, too many for {enc.name}: leave some out')
-                if train_bytes is None:
-                    batch.append((text, split_of(text, val_fraction)))
-                else:
-                    data = text.encode()
-                    head = data[:max(0, train_bytes - text_bytes)].decode(errors='ignore')  # no character is cut
-                    batch += [(head, 0), (text[len(head):], 1)]
-                    text_bytes += len(data)
-                size += len(text)
                 if size >= BATCH:
                     yield batch, before + position
                     batch, size = [], 0
+                split = split_of(text, val_fraction)
+                batch.append((text, split))
+                splits.add(split)
+                size += len(text)
+                total += len(text.encode())
         except UnicodeError:
             if named or begun:  # in a folder too, once a part of it is written
                 raise UsageError(f'{path} is not text in UTF-8: unpack an archive, convert it, or leave it out')
             skipped.append(path)
         before += file_size
+    if len(splits) == 1:  # the hashes of a few documents may put all of them into one split
+        print(f'too few documents to choose some: the last {val_fraction:.1%} of the text is for validation')
+        batch = cut_end(batch, max(1, int(total * val_fraction)))
     yield batch, before
 
 
@@ -415,43 +414,21 @@ def split_of(text, val_fraction):
     return int(int.from_bytes(digest, 'big') / 2**64 < val_fraction)
 
 
-# token files
+def cut_end(batch, n):
+    """The documents of a batch with the last n bytes for validation, or some more where that would cut a character."""
+    parts = []
+    for text, _ in reversed(batch):
+        data = text.encode()
+        head = data[:max(0, len(data) - n)].decode(errors='ignore')
+        n = max(0, n - len(data))
+        parts += [(text[len(head):], 1), (head, 0)]
+    return [(text, split) for text, split in reversed(parts) if text]
 
-class TokenFiles:
-    """The token files of one split: NAME.bin, or NAME_00000.bin, NAME_00001.bin, ... with `limit` tokens each."""
 
-    def __init__(self, folder, name, dtype, limit, tokens):
-        """tokens: how many stand in the files; what an interrupted run wrote behind them is cut off."""
-        self.folder, self.name, self.dtype, self.tokens = folder, name, np.dtype(dtype), tokens
-        self.limit = limit or sys.maxsize
-        last, rest = divmod(tokens, self.limit)
-        if rest:
-            path, size = self.path(last), rest * self.dtype.itemsize
-            if path.stat().st_size < size:
-                raise UsageError(f'{path} is shorter than progress.json says: remove {folder}')
-            os.truncate(path, size)
-
-    def path(self, i):
-        return self.folder / (f'{self.name}.bin' if self.limit == sys.maxsize else f'{self.name}_{i:05d}.bin')
-
-    def write(self, ids):
-        while len(ids):
-            i, at = divmod(self.tokens, self.limit)
-            part = ids[:self.limit - at]
-            with open(self.path(i), 'ab' if at else 'wb') as f:
-                f.write(part.astype(self.dtype).tobytes())
-            self.tokens += len(part)
-            ids = ids[len(part):]
-
-    def describe(self):
-        """The list of files for meta.json."""
-        paths = [self.path(i) for i in range(-(-self.tokens // self.limit))]
-        return [{'name': path.name, 'tokens': path.stat().st_size // self.dtype.itemsize, 'sha256': file_sha256(path)}
-                for path in paths]
-
+# the whole preparation
 
 def encode_all(batches, enc, done, workers):
-    """Yield for each batch [(token ids, documents, bytes of text) of train, of val], and the bytes read.
+    """Yield for each batch [(token ids, number of documents) of train, of val], and the bytes read.
 
     The first `done` batches are left out. Texts are encoded in threads: the libraries release Python's lock.
     """
@@ -460,41 +437,26 @@ def encode_all(batches, enc, done, workers):
             continue
         encoded = []
         for split in range(len(SPLITS)):
-            texts = [text for text, its_split in batch if its_split == split and text]
+            texts = [text for text, its_split in batch if its_split == split]
             if enc.name == 'bytes':
                 ids = [np.frombuffer(text.encode(), np.uint8) for text in texts]
             else:
                 ids = enc.encode_ordinary_batch(texts, num_threads=workers or os.cpu_count())
             parts = [part for document in ids for part in (document, [enc.eot_token])]
-            text_bytes = sum(len(text.encode()) for text in texts)
-            encoded.append((np.concatenate([np.zeros(0, int), *parts]), len(texts), text_bytes))
+            encoded.append((np.concatenate([np.zeros(0, int), *parts]), len(texts)))
         yield encoded, position
 
 
-# the whole preparation
-
-def prepare(sources=('stdlib',), out='data/stdlib', tokenizer='bytes', val_fraction=0.02, shard_tokens=0, shard=None,
-            workers=None):
+def prepare(sources=('stdlib',), out='data/stdlib', tokenizer='bytes', val_fraction=0.02, workers=None):
     """Write train.bin, val.bin and meta.json into the folder `out`; return the contents of meta.json.
 
-    sources: names and paths as on the command line. shard_tokens: most tokens of a file, 0: all in one. shard: 'i/n',
-    this job's part of the input files. workers: threads, default all cores. Raises ValueError or OSError on bad input;
-    work of more than some seconds stays in out/unfinished, and the same call continues it.
+    sources: names and paths as on the command line. workers: threads, default all cores. Raises ValueError or OSError
+    on bad input; work of more than some seconds stays in out/unfinished, and the same call continues it.
     """
     if not 0 < val_fraction < 1:
         raise UsageError(f'--val_fraction must lie between 0 and 1, not {val_fraction}')
-    if not (shard_tokens == 0 or 1 <= shard_tokens < sys.maxsize):
-        raise UsageError(f'--shard_tokens must be at least 1, not {shard_tokens}')
-    if workers is not None and not 1 <= workers <= 1024:
-        raise UsageError(f'--workers must be from 1 to 1024, not {workers}')
-    out = whole = Path(os.path.expanduser(out))
+    out = Path(os.path.expanduser(out))
     inputs = find_inputs(sources, out)
-    if shard:
-        i, n = map(int, shard.split('/')) if re.fullmatch('[0-9]{1,9}/[0-9]{1,9}', shard) else (0, 0)
-        if not i < n <= len(inputs):
-            raise UsageError(f'--shard must be i/n, not {shard}: 0 <= i < n <= {len(inputs)} (input files)')
-        inputs = inputs[len(inputs) * i // n:len(inputs) * (i + 1) // n]
-        out = whole / f'shard_{i:05d}_of_{n:05d}'
     if workers:
         os.environ['RAYON_NUM_THREADS'] = str(workers)  # for `tokenizers`
     enc = load_tokenizer(tokenizer)
@@ -506,13 +468,10 @@ def prepare(sources=('stdlib',), out='data/stdlib', tokenizer='bytes', val_fract
             'val_fraction': val_fraction}
 
     work = out / 'unfinished'  # everything is made here, and moved when it is whole
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UsageError(f'{out} cannot be made a folder for the data ({e.strerror}): give another --out')
+    work.mkdir(parents=True, exist_ok=True)
     held = lock(work)
     try:
-        meta |= write_splits(inputs, work, enc, meta, int(shard_tokens), workers, may_cut=not shard)
+        meta |= write_tokens(inputs, work, enc, meta, workers)
         publish(work, out, meta, file if is_file else None)
     except BaseException:
         if not (work / 'progress.json').is_file():  # nothing is saved that the same command could continue
@@ -524,48 +483,39 @@ def prepare(sources=('stdlib',), out='data/stdlib', tokenizer='bytes', val_fract
         held.close()
     counts = [f'{name} {meta[name]["tokens"]:,} tokens in {meta[name]["documents"]:,} documents' for name in SPLITS]
     print(f'{out}: ' + ', '.join(counts))
-    return join_shards(whole, n, meta) if shard else meta
+    return meta
 
 
-def write_splits(inputs, work, enc, meta, shard_tokens, workers, may_cut):
-    """Write the token files of both splits into the folder `work`; return {split: what meta.json says of it}."""
-    splits = write_tokens(inputs, work, enc, meta, shard_tokens, workers)
-    if not may_cut or all(split['tokens'] for split in splits.values()):
-        return splits
-    # The hashes of a few documents may put all of them into one split. Then we begin again, and the end of all the text
-    # is for validation, whichever documents it belongs to.
-    print(f'too few documents to choose some: the last {meta["val_fraction"]:.1%} of the text is for validation')
-    total = splits['train']['bytes'] + splits['val']['bytes']
-    train_bytes = total - max(1, int(total * meta['val_fraction']))
-    splits = write_tokens(inputs, work, enc, meta, shard_tokens, workers, train_bytes)
-    if not all(split['tokens'] for split in splits.values()):
-        raise UsageError(f'{total} bytes of text are too few for training and validation: give more')
-    return splits
-
-
-def write_tokens(inputs, work, enc, meta, shard_tokens, workers, train_bytes=None):
-    """Do the work of write_splits(), by hashes, or for validation what comes after so many train_bytes.
+def write_tokens(inputs, work, enc, meta, workers):
+    """Write the token files of both splits into the folder `work`; return {split: what meta.json says of it}.
 
     Continues where an interrupted call with the same arguments left off: progress.json says how far that was.
     """
-    job = json.dumps([meta, shard_tokens, train_bytes, [[str(path), *rest] for path, *rest in inputs]])
+    job = json.dumps([meta, [[str(path), *rest] for path, *rest in inputs]])
     job = hashlib.sha256(job.encode()).hexdigest()
     progress = work / 'progress.json'
     state = json.loads(progress.read_text(encoding='utf-8')) if progress.is_file() else {}
     if state.get('job') != job:
         progress.unlink(missing_ok=True)
-        state = {'job': job, 'batches': 0} | {name: {'tokens': 0, 'documents': 0, 'bytes': 0} for name in SPLITS}
+        state = {'job': job, 'batches': 0} | {name: {'tokens': 0, 'documents': 0} for name in SPLITS}
 
-    files = {name: TokenFiles(work, name, meta['dtype'], shard_tokens, state[name]['tokens']) for name in SPLITS}
+    dtype, files = np.dtype(meta['dtype']), {name: work / f'{name}.bin' for name in SPLITS}
+    for name, path in files.items():
+        with open(path, 'ab') as file:
+            size = state[name]['tokens'] * dtype.itemsize
+            if file.tell() < size:
+                raise UsageError(f'{path} is shorter than progress.json says: remove {work}')
+            file.truncate(size)  # an interrupted run wrote more than it saved
+
     skipped, saved = [], time.monotonic()
-    batches = read_batches(inputs, enc, meta['val_fraction'], train_bytes, skipped)
+    batches = read_batches(inputs, enc, meta['val_fraction'], skipped)
     with tqdm(total=sum(size for _, _, size, _ in inputs), unit='B', unit_scale=True, desc=str(work.parent)) as bar:
         for encoded, position in encode_all(batches, enc, state['batches'], workers):
-            for name, (ids, documents, text_bytes) in zip(SPLITS, encoded):
-                files[name].write(ids)
+            for name, (ids, documents) in zip(SPLITS, encoded):
+                with open(files[name], 'ab') as file:
+                    file.write(ids.astype(dtype).tobytes())
                 state[name]['tokens'] += len(ids)
                 state[name]['documents'] += documents
-                state[name]['bytes'] += text_bytes
             state['batches'] += 1
             bar.update(position - bar.n)
             if time.monotonic() - saved > SAVE_EVERY:
@@ -573,9 +523,11 @@ def write_tokens(inputs, work, enc, meta, shard_tokens, workers, train_bytes=Non
                 saved = time.monotonic()
     if skipped:
         print(f'skipped {len(skipped)} files that are not text in UTF-8, the first is {skipped[0]}')
-    if not state['train']['bytes'] + state['val']['bytes']:
-        raise UsageError(f'no text in {", ".join(meta["source"])}: give other files')
-    return {name: state[name] | {'files': files[name].describe()} for name in SPLITS}
+    if not all(state[name]['tokens'] for name in SPLITS):
+        raise UsageError(f'{", ".join(meta["source"])}: too little text for training and validation: give more')
+    for name, path in files.items():
+        state[name]['files'] = [{'name': path.name, 'tokens': state[name]['tokens'], 'sha256': file_sha256(path)}]
+    return {name: state[name] for name in SPLITS}
 
 
 def publish(work, out, meta, tokenizer_file):
@@ -587,39 +539,9 @@ def publish(work, out, meta, tokenizer_file):
     (work / 'meta.json').write_text(json.dumps(meta, indent=1), encoding='utf-8')
     (work / 'progress.json').unlink(missing_ok=True)
     (out / 'meta.json').unlink(missing_ok=True)
-    for old in list(out.iterdir()):
-        if re.fullmatch(r'(train|val)(_\d{5,})?\.bin', old.name):
-            old.unlink()
     for name in [*names, 'meta.json']:
         os.replace(work / name, out / name)
     shutil.rmtree(work)
-
-
-def join_shards(whole, n, meta):
-    """Once all n jobs are done, write the meta.json of the whole, with the files of all jobs in order."""
-    folders = [whole / f'shard_{i:05d}_of_{n:05d}' for i in range(n)]
-    missing = [folder.name for folder in folders if not (folder / 'meta.json').is_file()]
-    if missing:
-        print(f'{whole}: {len(missing)} of {n} shards still to come, the next {missing[0]}')
-        return meta
-    metas = [json.loads((folder / 'meta.json').read_text(encoding='utf-8')) for folder in folders]
-    settings = {key: value for key, value in meta.items() if key not in SPLITS}
-    other = [folder.name for folder, m in zip(folders, metas) if m != m | settings]
-    if other:
-        raise UsageError(f'{", ".join(other)} in {whole} were made with other settings: prepare them again')
-    joined = dict(settings)
-    for split in SPLITS:
-        joined[split] = {key: sum(m[split][key] for m in metas) for key in ('tokens', 'documents', 'bytes')}
-        joined[split]['files'] = [file | {'name': f'{folder.name}/{file["name"]}'}
-                                  for folder, m in zip(folders, metas) for file in m[split]['files']]
-        if not joined[split]['tokens']:
-            raise UsageError(f'no document is in the {split} split: give another --val_fraction, or leave out --shard')
-    tokenizer = folders[0] / meta['tokenizer']
-    if tokenizer.is_file():
-        write_beside(whole / tokenizer.name, tokenizer.read_bytes())
-    write_beside(whole / 'meta.json', json.dumps(joined, indent=1).encode())
-    print(f'{whole}: all {n} shards are there')
-    return joined
 
 
 def default_out(source):
@@ -638,13 +560,10 @@ def main(argv=None):
         help='bytes (default), gpt2 or another name of tiktoken, a .tiktoken or tokenizer.json file')
     arg('--out', help='folder for the result (default: data/NAME, from the name of the first source)')
     arg('--val_fraction', type=float, default=0.02, help='share of the documents for validation (default: 0.02)')
-    arg('--shard_tokens', type=float, default=0, help='most tokens in a file, such as 1e9 (default: all in one file)')
-    arg('--shard', metavar='i/n', help='do only part i (from 0) of n parts of the input files, for job arrays; the job '
-                                       'that ends last joins the parts')
     arg('--workers', type=int, help='threads that encode (default: all cores)')
     args = parser.parse_args(argv)
-    prepare(args.sources, args.out or default_out(args.sources[0]), args.tokenizer, args.val_fraction,
-            args.shard_tokens, args.shard, args.workers)
+    out = args.out or default_out(args.sources[0])
+    prepare(args.sources, out, args.tokenizer, args.val_fraction, args.workers)
 
 
 if __name__ == '__main__':

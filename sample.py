@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import AdaPonderLM, check_sampling, load_checkpoint, rope_table, sample
-from prepare_data import EOT, UsageError, check_writable, command_line, load_tokenizer, write_beside
+from prepare_data import EOT, UsageError, check_writable, command_line, load_tokenizer, optional, write_beside
 
 
 # -----------------------------------------------------------------------------
@@ -52,39 +52,30 @@ class Step(NamedTuple):
 @dataclass
 class Slot:
     """A sequence in flight, and where the token that it runs stands."""
-    index: int    # its row of the cache and of the inputs
-    seq: int      # index of its prompt
-    start: int    # where the context starts in its text
-    pos: int      # position of the token in the context
-    it: int       # iteration of the token, 0 .. n_iter - 1
-    gates: list   # gate values of the token so far
-
-
-class Places:
-    """Where the tokens of one step stand, for slot_attention()."""
-
-    def __init__(self, active, n_iter, device):
-        self.slots = [(s.index, s.it, s.pos) for s in active]
-        # a token's keys and values go into all later iterations too: that is what those see if the token halts here
-        places = [(n, s.index, it, s.pos) for n, s in enumerate(active) for it in range(s.it, n_iter)]
-        self.token, self.slot, self.it, self.pos = torch.tensor(places, device=device).unbind(1)
+    index: int          # its row of the cache and of the inputs
+    seq: int            # index of its prompt
+    pos: int = 0        # position of the token in the context
+    it: int = 0         # iteration of the token, 0 .. n_iter - 1
+    gates: list = None  # gate values of the token so far
 
 
 def slot_attention(q, k, v, kv, at):
-    """One token of each of N slots, each at its own iteration and position. q, k, v: (N, nh, hs), at: Places.
+    """One token of each of N slots, each at its own iteration and position. q, k, v: (N, nh, hs).
 
-    kv: the layer's cache (2, slots, n_iter, nh, L, hs), written in place. A token attends to a view of its slot's part.
+    kv: the layer's cache (2, slots, n_iter, nh, L, hs), written in place. at: the N Slots, and where keys and values
+    go: four int64 tensors (M,), of tokens 0 .. N - 1, slots, iterations and positions.
     """
-    kv[:, at.slot, at.it, :, at.pos] = torch.stack([k, v], dim=1)[at.token]  # (M, 2, nh, hs)
+    active, (token, slot, it, pos) = at
+    kv[:, slot, it, :, pos] = torch.stack([k, v], dim=1)[token]  # (M, 2, nh, hs)
     y = []
-    for n, (slot, it, pos) in enumerate(at.slots):
-        K, V = kv[:, slot, it, None, :, :pos + 1]  # (1, nh, pos + 1, hs) each
+    for n, s in enumerate(active):  # each attends to a view of its slot's part, so no cache is copied
+        K, V = kv[:, s.index, s.it, None, :, :s.pos + 1]  # (1, nh, pos + 1, hs) each
         y.append(F.scaled_dot_product_attention(q[n:n + 1, :, None], K, V))
     return torch.cat(y)[:, :, 0], kv
 
 
 class Engine:
-    """The model with a cache for several sequences. Each slot runs one token, and each token its own iteration."""
+    """The model with a KV cache for several sequences. Each slot runs one token, and each token its own iteration."""
 
     def __init__(self, model, slots, length, policy=None, tau=None, max_iter=None):
         weight = model.embed.weight
@@ -107,32 +98,31 @@ class Engine:
         slot.gates = out.gates[0, -1, :min(slot.it + 1, len(out.records))].tolist()
         return self.model.head(out.hidden[:, -1])
 
-    def start(self, slots, tokens):
-        """Put newly drawn tokens (N,) into their slots."""
-        self.E[[s.index for s in slots]] = self.model.embed_tokens(tokens)
-        for slot in slots:
-            slot.pos, slot.it, slot.gates = slot.pos + 1, 0, []
-
     def step(self, active):
         """One iteration of each slot's token. Returns the slots whose tokens halted and their logits (N, vocab)."""
-        if not active:
-            return [], []
-        model = self.model
+        model, K = self.model, self.model.cfg.n_iter
         row, pos, seq = torch.tensor([(s.index, s.pos, s.seq) for s in active], device=self.device).unbind(1)
-        rope, places = [t[pos] for t in self.rope], Places(active, model.cfg.n_iter, self.device)
-        h, _ = model.backbone(self.E[row], rope, slot_attention, self.cache.unbind(1), places)  # (N, d)
+        # a token's keys and values go into all later iterations too: that is what those see if the token halts here
+        places = [(n, s.index, it, s.pos) for n, s in enumerate(active) for it in range(s.it, K)]
+        at = active, torch.tensor(places, device=self.device).unbind(1)
+        h, _ = model.backbone(self.E[row], [t[pos] for t in self.rope], slot_attention, self.cache.unbind(1), at)
 
         # each iteration has a gate of its own, the last has none
         gate = torch.zeros(len(h), device=self.device, dtype=torch.promote_types(h.dtype, torch.float32))
         on = torch.zeros_like(gate, dtype=torch.bool)
         for i in sorted({s.it for s in active} - {self.last}):
-            at = torch.tensor([n for n, s in enumerate(active) if s.it == i], device=self.device)
-            s, on[at] = model.decide(i, h[at], seq[at], pos[at], self.policy, self.tau)
-            gate[at] = s.to(gate.dtype)
+            here = torch.tensor([n for n, s in enumerate(active) if s.it == i], device=self.device)
+            s, on[here] = model.decide(i, h[here], seq[here], pos[here], self.policy, self.tau)
+            gate[here] = s.to(gate.dtype)
 
-        # those that go on get their pondering embedding
+        # tokens that halted get logits, the others a pondering embedding, which begins with logits too: one product,
+        # the largest of a step, makes both
         go, halt = on.nonzero()[:, 0], (~on).nonzero()[:, 0]
-        e, logits = self.ponder_and_unembed(h[go], h[halt])
+        logits = model.head(torch.where(on[:, None], model.ln_ponder(h), h))  # (N, vocab)
+        if model.cfg.feedback == 'hidden':
+            e = model.ponder(h[go])
+        else:
+            e = model.expect(logits[go]) * model.cfg.embed_scale
         if model.cfg.objective == 'paper':
             e = e * gate[go, None].to(e.dtype)
         self.E.index_add_(0, row[go], e.to(self.E.dtype))
@@ -140,25 +130,7 @@ class Engine:
             if slot.it < self.last:
                 slot.gates.append(s)
             slot.it += goes_on
-        return [active[n] for n in halt.tolist()], [logits]
-
-    def ponder_and_unembed(self, going, halted):
-        """What tokens that go on hand on (N, d), and the logits of those that halted (M, vocab), from their states.
-
-        Both begin with a product with the unembedding, the largest of a step: one product makes all of them.
-        """
-        if self.model.cfg.feedback == 'hidden':
-            return self.model.ponder(going), self.model.head(halted)
-        logits = self.model.head(torch.cat([self.model.ln_ponder(going), halted]))
-        going, halted = logits.split([len(going), len(halted)])
-        return self.model.expect(going) * self.model.cfg.embed_scale, halted
-
-
-def draw(logits, generators, temperature, top_k, top_p):
-    """Draw a token for each row of logits (N, vocab), each by its own generator. Returns tokens, NLLs: (N,) each."""
-    u = torch.stack([torch.rand((), generator=g) for g in generators]).to(logits.device)
-    tokens = sample(logits, u, temperature, top_k, top_p)
-    return tokens, F.cross_entropy(logits.float(), tokens, reduction='none')
+        return [active[n] for n in halt.tolist()], [logits[halt]]
 
 
 @torch.inference_mode()
@@ -185,7 +157,7 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=No
     if not len(texts) == len(budget) == len(generators):
         raise ValueError(f'{len(texts)} prompts, {len(budget)} numbers of new tokens, {len(generators)} generators')
 
-    slots = min(slots, len(texts))
+    slots = max(1, min(slots, len(texts)))
     length = min(model.cfg.block_size, max((len(t) + n for t, n in zip(texts, budget)), default=1))
     engine = Engine(model, slots, length, policy, tau, max_iter)
     waiting = deque(seq for seq, n in enumerate(budget) if n > 0)
@@ -195,10 +167,9 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=No
         admitted, logits = [], []
         while waiting and free:
             seq = waiting.popleft()
-            start = model.window(len(texts[seq]))
-            admitted.append(Slot(free.pop(), seq, start, pos=0, it=0, gates=[]))
-            logits.append(engine.prefill(admitted[-1], texts[seq][start:]))
-        halted, logits_halted = engine.step(active)
+            admitted.append(Slot(free.pop(), seq))
+            logits.append(engine.prefill(admitted[-1], texts[seq][model.window(len(texts[seq])):]))
+        halted, logits_halted = engine.step(active) if active else ([], [])
         active += admitted
         ready = admitted + halted
         if not ready:
@@ -206,22 +177,25 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=No
 
         # draw the tokens that follow those that halted
         logits = torch.cat(logits + logits_halted)
-        tokens, nlls = draw(logits, [generators[slot.seq] for slot in ready], temperature, top_k, top_p)
+        u = torch.stack([torch.rand((), generator=generators[slot.seq]) for slot in ready]).to(logits.device)
+        tokens = sample(logits, u, temperature, top_k, top_p)
+        nlls = F.cross_entropy(logits.float(), tokens, reduction='none')
         for slot, token, nll in zip(ready, tokens.tolist(), nlls.tolist()):
             yield Step(slot.seq, token, slot.it + 1, slot.gates, nll)
             texts[slot.seq].append(token)
             budget[slot.seq] -= 1
             finished = budget[slot.seq] == 0 or token == stop_token
-            outgrown = model.window(len(texts[slot.seq])) != slot.start
-            if outgrown and not finished:  # it comes in anew, as a prompt
+            outgrown = model.window(len(texts[slot.seq])) != model.window(len(texts[slot.seq]) - 1)
+            if outgrown and not finished:  # the context moves on: it comes in anew, as a prompt
                 waiting.appendleft(slot.seq)
             if outgrown or finished:
                 active.remove(slot)
                 free.append(slot.index)
-        engine.start(ready, tokens)
+            slot.pos, slot.it, slot.gates = slot.pos + 1, 0, []
+        engine.E[[slot.index for slot in ready]] = model.embed_tokens(tokens)
 
 
-def read(model, tokens, execution='packed', **halting):
+def read(model, tokens, **halting):
     """A Step for each token of a text that is already there, seq None: depth, gates and NLL of predicting it.
 
     What nothing predicted has depth None: the first token, and those before the last block_size ones.
@@ -231,43 +205,24 @@ def read(model, tokens, execution='packed', **halting):
     steps = [Step(None, token, None, [], None) for token in tokens[:len(tokens) - len(context) + 1]]
     if len(context) > 1:
         x = torch.tensor([context], device=model.embed.weight.device)
-        out = model(x[:, :-1], x[:, 1:], execution=execution, **halting)
+        out = model(x[:, :-1], x[:, 1:], execution='packed', **halting)
         values = (t[0].tolist() for t in (out.depth, out.gates, out.nll))
         for token, depth, gates, nll in zip(context[1:], *values):
             steps.append(Step(None, token, depth, gates[:min(depth, len(out.records))], nll))
     return steps
 
 
-def stream_without_cache(model, tokens, n, sampling, generator, execution, stop_token, **halting):
-    """As stream() of one prompt, but the whole text runs again for each token: slow, and the same text."""
-    tokens = list(tokens)
-    for _ in range(n):
-        context = tokens[model.window(len(tokens)):]
-        out = model(torch.tensor([context], device=model.embed.weight.device), execution=execution, **halting)
-        token, nll = draw(model.unembed(out.hidden[:, -1]), [generator], *sampling)
-        depth = int(out.depth[0, -1])
-        gates = out.gates[0, -1, :min(depth, len(out.records))].tolist()
-        yield Step(0, int(token), depth, gates, float(nll))
-        tokens.append(int(token))
-        if tokens[-1] == stop_token:
-            return
-
-
 def summary(model, runs, seconds, max_iter):
     """One line of figures. runs: (length of prompt, Steps) of each text. FLOPs saved are against fixed depth."""
-    K, fixed = model.cfg.n_iter, replace(model.cfg, halting=False)
-    tokens, depth, flops, flops_fixed = 0, 0, 0.0, 0.0
-    for length, steps in runs:
-        for n, step in enumerate(steps, length):
-            context = n - model.window(n)
-            tokens += 1
-            depth += step.depth
-            flops += model.cfg.inference_flops(step.depth, context, max_iter)
-            flops_fixed += fixed.inference_flops(K, context)
+    tokens = [(step.depth, n - model.window(n)) for length, steps in runs for n, step in enumerate(steps, length)]
     if not tokens:
         return 'no tokens made'
-    return (f'{tokens} tokens, {tokens / seconds:.0f} tokens/s, mean depth {depth / tokens:.2f} of {K}, '
-            f'{1 - flops / flops_fixed:.1%} of the FLOPs of fixed depth {K} saved')
+    cfg, fixed = model.cfg, replace(model.cfg, halting=False)
+    depth = sum(depth for depth, context in tokens) / len(tokens)
+    flops = sum(cfg.inference_flops(depth, context, max_iter) for depth, context in tokens)
+    flops_fixed = sum(fixed.inference_flops(cfg.n_iter, context) for depth, context in tokens)
+    return (f'{len(tokens)} tokens, {len(tokens) / seconds:.0f} tokens/s, mean depth {depth:.2f} of {cfg.n_iter}, '
+            f'{1 - flops / flops_fixed:.1%} of the FLOPs of fixed depth {cfg.n_iter} saved')
 
 
 # -----------------------------------------------------------------------------
@@ -292,15 +247,11 @@ def visible(text):
 
 
 def paint(text, depth, n_iter, bold=False):
-    """text on the colour of its depth, if it has one: in 24-bit colours, or in 256 where the terminal has no more."""
+    """text on the colour of its depth, if it has one, for a terminal of 256 colours."""
     style = '1' if bold else '0'
-    if depth:
-        r, g, b = colour(depth, n_iter)
-        if os.environ.get('COLORTERM') in ('truecolor', '24bit'):
-            style += f';38;2;0;0;0;48;2;{r};{g};{b}'
-        else:  # the six levels of the colour cube are 0, 95, 135, 175, 215, 255
-            r, g, b = ((c > 47) + max(0, (c - 75) // 40) for c in (r, g, b))
-            style += f';38;5;16;48;5;{16 + 36 * r + 6 * g + b}'
+    if depth:  # the six levels of the colour cube are 0, 95, 135, 175, 215, 255
+        r, g, b = (max(0, (c - 35) // 40) for c in colour(depth, n_iter))
+        style += f';38;5;16;48;5;{16 + 36 * r + 6 * g + b}'
         text = text.replace('\n', '↵\n')  # a line break has a depth too
     lines = visible(text).replace('\t', '    ').split('\n')
     return '\n'.join(f'\x1b[{style}m{line}\x1b[0m' if line else '' for line in lines)
@@ -332,37 +283,25 @@ def depth_of(group):
     return max((step.depth for step in group if step.depth), default=None)
 
 
+# the bar at the bottom is what a token's data-tip says
 STYLE = '''
-:root{color-scheme:light dark;--page:#fff;--text:#1c1c1e;--soft:#6b6b70;--line:#dcdce0;--bar:#f4f4f6;
---mono:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
-@media(prefers-color-scheme:dark){:root{--page:#161618;--text:#e4e4e8;--soft:#9a9aa2;--line:#3a3a40;--bar:#222226}}
+:root{color-scheme:light dark}
 body{font:16px/1.5 system-ui,sans-serif;max-width:58rem;margin:0 auto;padding:1.5rem 1rem 11rem}
-body{background:var(--page);color:var(--text)}
-h1{font-size:1.15rem;margin:0}
-p{margin:.3rem 0;color:var(--soft);font-size:.9rem}
-ul{display:flex;padding:0;margin:1rem 0 0;list-style:none;font-size:.8rem}
-li{padding:.15rem .5rem;overflow:hidden;white-space:nowrap;flex:1 0 auto}
-li:first-child{border-radius:.3rem 0 0 .3rem}
-li:last-child{border-radius:0 .3rem .3rem 0}
-pre{font:14px/1.7 var(--mono);white-space:break-spaces;overflow-wrap:anywhere;tab-size:4}
-pre{margin:1rem 0;padding-top:1rem;border-top:1px solid var(--line)}
-.t{padding:.16em 0;cursor:default}
-.t:hover,.t:focus{outline:2px solid var(--text);outline-offset:-1px}
+h1{font-size:1.15rem}
+pre,.t::after{font:14px/1.7 ui-monospace,Menlo,Consolas,monospace;white-space:break-spaces;overflow-wrap:anywhere}
+pre{tab-size:4;padding-top:1rem;border-top:1px solid GrayText}
+.t{padding:.16em 0}
+.t:hover,.t:focus{outline:2px solid}
+.t:hover::after,.t:focus::after{content:attr(data-tip);position:fixed;inset:auto 0 0;padding:.6rem 1rem}
+.t::after{background:Canvas;color:CanvasText;border-top:1px solid GrayText;max-height:9em;overflow:hidden}
+.t:hover::after{z-index:1}
 .prompt{font-weight:bold}
 .nl::before{content:"↵";opacity:.5}
-#tip{position:fixed;inset:auto 0 0;background:var(--bar);border-top:1px solid var(--line)}
-#tip div{font:13px/1.5 var(--mono);white-space:pre-wrap;max-width:58rem;margin:0 auto;padding:.6rem 1rem}
-#tip div{min-height:3em;max-height:9em;overflow:auto}
-'''
-SCRIPT = '''
-const tip = document.querySelector('#tip div')
-for (const token of document.querySelectorAll('.t'))
-  for (const event of ['mouseenter', 'focus']) token.addEventListener(event, () => tip.textContent = token.dataset.tip)
 '''
 
 
 def token_html(text, group, n_iter):
-    """One piece of text, see pieces(), as a <span> with what the bar at the bottom of the page says about it."""
+    """One piece of text, see pieces(), as a <span>, with what the bar at the bottom of the page says about it."""
     prompt, depth = group[0].seq is None, depth_of(group)
     tip = [json.dumps(text, ensure_ascii=False) + (', in the prompt' if prompt else ', generated')]
     for step in group:
@@ -372,193 +311,155 @@ def token_html(text, group, n_iter):
             gates = ', '.join(f'{s:.2g}' for s in step.gates) or 'none'
             tip.append(f'token {step.token}: depth {step.depth} of {n_iter}, NLL {step.nll:.2f} nats '
                        f'(probability {math.exp(-step.nll):.2g}), gates {gates}')
-    names = ['t']
-    if depth:
-        names.append(f'd{depth}')
+    names = f't d{depth}'
     if prompt:
-        names.append('prompt')
+        names += ' prompt'
     if text.endswith('\n'):
-        names.append('nl')
+        names += ' nl'
     tip = html.escape(visible('\n'.join(tip)))
-    return f'<span class="{" ".join(names)}" tabindex="0" data-tip="{tip}">{html.escape(visible(text))}</span>'
+    return f'<span class="{names}" tabindex="0" data-tip="{tip}">{html.escape(visible(text))}</span>'
 
 
 def html_page(title, line, samples, enc, n_iter):
     """One self-contained page. samples: lists of Steps, those of the prompt with seq None."""
-    depths = range(1, n_iter + 1)
-    light = ''.join(f'.d{d}{{background:rgb{colour(d, n_iter, LIGHT)}}}' for d in depths)
-    dark = ''.join(f'.d{d}{{background:rgb{colour(d, n_iter, DARK)}}}' for d in depths)
     counts = Counter(step.depth for step in chain(*samples) if step.depth)
-    legend = ''
-    for d in depths:
-        share = counts[d] / max(1, counts.total())
-        legend += f'<li class="d{d}" style="flex-grow:{counts[d]}">{d}: {share:.0%}</li>'
-    texts = []
+    colours, legend, texts = '', '', ''
+    for d in range(1, n_iter + 1):
+        colours += f'.d{d}{{background:light-dark(rgb{colour(d, n_iter, LIGHT)},rgb{colour(d, n_iter, DARK)})}}\n'
+        legend += f'<span class="d{d}">&nbsp;{d}: {counts[d] / max(1, counts.total()):.0%}&nbsp;</span> '
     for steps in samples:
-        spans = [token_html(text, group, n_iter) for text, group in pieces(enc, steps)]
-        texts.append(f'<pre>{"".join(spans)}</pre>')
+        texts += '<pre>' + ''.join(token_html(*piece, n_iter) for piece in pieces(enc, steps)) + '</pre>\n'
     return f'''<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <title>{html.escape(title)}</title>
-<style>{STYLE}{light}
-@media(prefers-color-scheme:dark){{{dark}}}</style></head><body>
-<h1>{html.escape(title)}</h1><p>{html.escape(line)}</p><ul>{legend}</ul>
-<p>The colour is the number of iterations that were spent on predicting a token. The prompt is bold.</p>
-{"".join(texts)}
-<div id="tip" aria-live="polite"><div>Point at a token, or move with Tab: depth, NLL and gates stand here.</div></div>
-<script>{SCRIPT}</script></body></html>
+<style>{STYLE}{colours}</style></head><body>
+<h1>{html.escape(title)}</h1><p>{html.escape(line)}</p>
+<p>Iterations: {legend} The colour is the number of iterations that were spent on predicting a token; the prompt is
+bold. Point at a token, or move with Tab, for its NLL and gate values.</p>
+{texts}</body></html>
 '''
 
 
 # -----------------------------------------------------------------------------
 # The command
 
-def load(ckpt, tokenizer, dtype):
+def load(ckpt, dtype):
     """The model of a checkpoint, a run's folder, or a Hugging Face folder or hub name, and its tokenizer."""
     path = Path(os.path.expanduser(ckpt))
     if (path / 'ckpt.pt').is_file():
         path = path / 'ckpt.pt'
     if path.suffix == '.pt' or path.is_file():
         state = load_checkpoint(path)
-        enc = find_tokenizer(tokenizer, path.parent, state.get('meta', {}))
-        return AdaPonderLM.from_state(state, path).to(dtype), enc
+        return AdaPonderLM.from_state(state, path).to(dtype), load_tokenizer(state.get('meta', {}), path.parent)
     if path.is_dir() and not (path / 'config.json').is_file():
         raise UsageError(f"{path} holds neither train.py's ckpt.pt nor Hugging Face's config.json")
+    transformers = optional('transformers', path)
     model = AdaPonderLM.from_pretrained(ckpt, dtype=dtype)
-    from transformers import AutoConfig
-    if not hasattr(AutoConfig.from_pretrained(path if path.is_dir() else ckpt), 'ponderinglm'):
+    if not hasattr(transformers.AutoConfig.from_pretrained(path if path.is_dir() else ckpt), 'ponderinglm'):
         model = AdaPonderLM.from_pretrained(ckpt, n_iter=1, dtype=dtype)  # a plain Pythia
     folder = model.tokenizer_files[0].parent if model.tokenizer_files else path  # a hub name's is in a cache
-    meta = None
-    if (folder / 'meta.json').is_file():
-        try:
-            meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
-        except (ValueError, RecursionError):
-            meta = {}  # says nothing
-    return model, find_tokenizer(tokenizer, folder, meta)
+    meta = folder / 'meta.json'
+    if meta.is_file():
+        return model, load_tokenizer(json.loads(meta.read_text(encoding='utf-8')), folder)
+    return model, load_tokenizer(folder / 'tokenizer.json')
 
 
-def find_tokenizer(name, folder, meta):
-    """The tokenizer that a model was trained with. name: a file that holds it. meta: of meta.json, or None."""
-    if meta is None:
-        return load_tokenizer(os.path.expanduser(name) if name else folder / 'tokenizer.json')
-    if not isinstance(meta, dict) or not {'tokenizer', 'tokenizer_sha256'} <= meta.keys():
-        raise UsageError(f'{folder} does not say which tokenizer its model was trained with')
-    if name:  # checked to be the same
-        return load_tokenizer({**meta, 'tokenizer': os.path.expanduser(name)})
-    return load_tokenizer(meta, folder)
-
-
-def read_text(path):
-    """The text of a file, or of standard input for None, line ends as they are. A byte order mark is left out."""
-    data = Path(os.path.expanduser(path)).read_bytes() if path else sys.stdin.buffer.read()
+def read_text(data, name):
+    """Bytes as text, line ends as they are. A byte order mark is left out. name: for the message."""
     try:
         return data.decode('utf-8-sig')
     except UnicodeDecodeError:
-        raise UsageError(f'{path or "standard input"} is not UTF-8 text') from None
+        raise UsageError(f'{name} is not UTF-8 text') from None
 
 
-def encode(model, enc, text, what):
-    """The tokens of a prompt. what: its name in messages."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UsageError(f'{what} is not UTF-8 text') from None
+def encode(model, enc, text, name):
+    """The tokens of a prompt. name: what messages call it."""
     tokens = enc.encode_ordinary(text)
     if not tokens:
-        raise UsageError(f'{what} is empty: give at least one character')
+        raise UsageError(f'{name} is empty: give at least one character')
     if max(tokens) >= model.cfg.vocab_size:
-        raise UsageError(f'{what} holds token {max(tokens)}, outside the vocabulary of {model.cfg.vocab_size}: '
+        raise UsageError(f'{name} holds token {max(tokens)}, outside the vocabulary of {model.cfg.vocab_size}: '
                          'the tokenizer is not the one that the model was trained with')
     if len(tokens) > model.cfg.block_size:
-        print(f'{what} has {len(tokens)} tokens: the model sees the last {model.cfg.block_size}', file=sys.stderr)
+        print(f'{name} has {len(tokens)} tokens: the model sees the last {model.cfg.block_size}', file=sys.stderr)
     return tokens
 
 
 def read_jobs(path):
-    """The objects of a file of JSON lines, each with the name of its line."""
+    """The objects of a file of JSON lines."""
     jobs = []
-    for n, line in enumerate(read_text(path).split('\n'), 1):
+    for n, line in enumerate(read_text(Path(os.path.expanduser(path)).read_bytes(), path).split('\n'), 1):
         if not line.strip():
             continue
         try:
             job = json.loads(line)
             json.dumps(job)  # what is nested too deeply to be written again is refused now
-            n_tokens = job.get('max_new_tokens', 0)
-            right = type(job['prompt']) is str and type(n_tokens) is int and n_tokens >= 0
+            job['prompt'].encode()  # half a surrogate pair is no text
+            if type(n_tokens := job.get('max_new_tokens', 0)) is not int or n_tokens < 0:
+                raise ValueError('not a number of tokens')
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            right = False
-        if not right:
-            raise UsageError(f'{path}, line {n}: not a JSON object with a string "prompt", and if it has '
-                             '"max_new_tokens", a whole number in it')
-        jobs.append((f'{path}, line {n}: the prompt', job))
+            raise UsageError(f'{path}, line {n}: not a JSON object with a text "prompt", and if it has '
+                             '"max_new_tokens", a whole number in it') from None
+        jobs.append(job)
     return jobs
 
 
 def run_batch(a, model, enc, stop):
-    """JSON lines in, JSON lines out, in the order of the input, each written as soon as all before it are done.
+    """JSON lines in, JSON lines out, in the order of the input.
 
     Returns (length of the prompt, Steps) of each, and seconds.
     """
-    named_jobs = read_jobs(a.prompts)
-    jobs = [job for name, job in named_jobs]
-    prompts = [encode(model, enc, job['prompt'], name)[-model.cfg.block_size:] for name, job in named_jobs]
+    jobs, prompts = read_jobs(a.prompts), []
+    for n, job in enumerate(jobs, 1):
+        tokens = encode(model, enc, job['prompt'], f'{a.prompts}: prompt {n}')
+        prompts.append(tokens[-model.cfg.block_size:])
     budget = [job.get('max_new_tokens', a.max_new_tokens) for job in jobs]
     generators = [torch.Generator().manual_seed(a.seed + n) for n in range(len(jobs))]
     steps = stream(model, prompts, budget, a.temperature, a.top_k, a.top_p, generators, a.tau, a.max_iter,
                    slots=a.batch, stop_token=stop)
     made, lines = [[] for _ in jobs], []
-    ended = [n == 0 for n in budget]
     start = time.perf_counter()
-    with tqdm(total=len(jobs), initial=sum(ended), unit='prompt', dynamic_ncols=True) as bar:
-        for n, job in enumerate(jobs):
-            while not ended[n]:
-                step = next(steps)
-                made[step.seq].append(step)
-                if len(made[step.seq]) == budget[step.seq] or step.token == stop:
-                    ended[step.seq] = True
-                    bar.update()
-            data = b''.join(token_bytes(enc, step.token) for step in made[n] if step.token != stop)
-            depth = sum(step.depth for step in made[n]) / len(made[n]) if made[n] else None
-            result = {**job, 'completion': data.decode(errors='replace'), 'tokens': len(made[n]), 'mean_depth': depth}
-            line = json.dumps(result, ensure_ascii=False)
-            lines.append(line.encode('utf-8', 'backslashreplace').decode())  # of a lone surrogate
-            if not a.out:
-                tqdm.write(lines[-1], file=sys.stdout)
-                sys.stdout.flush()
+    for step in tqdm(steps, total=sum(budget), unit='token', dynamic_ncols=True):
+        made[step.seq].append(step)
     seconds = time.perf_counter() - start
+    for job, steps in zip(jobs, made):
+        data = b''.join(token_bytes(enc, step.token) for step in steps if step.token != stop)
+        depth = sum(step.depth for step in steps) / len(steps) if steps else None
+        result = {**job, 'completion': data.decode(errors='replace'), 'tokens': len(steps), 'mean_depth': depth}
+        lines.append(json.dumps(result, ensure_ascii=False) + '\n')
+    data = ''.join(lines).encode('utf-8', 'backslashreplace')  # a lone surrogate in another key becomes its escape
     if a.out:
-        write_beside(a.out, ''.join(line + '\n' for line in lines).encode())
+        write_beside(a.out, data)
+    else:
+        print(data.decode(), end='')
     return [(len(tokens), steps) for tokens, steps in zip(prompts, made)], seconds
 
 
 def run_samples(a, model, enc, stop):
     """Print a.num_samples continuations of one prompt as they are made.
 
-    Returns (length of the prompt, Steps) of each, seconds, and the Steps of the prompt.
+    Returns (length of the prompt, Steps) of each, seconds, and the Steps of the prompt, see read().
     """
     if a.prompt is not None:  # bytes that the locale does not know arrive as surrogates
-        text = a.prompt.encode('utf-8', 'surrogateescape').decode('utf-8', 'surrogateescape')
+        data = a.prompt.encode('utf-8', 'surrogateescape')
+    elif a.prompt_file:
+        data = Path(os.path.expanduser(a.prompt_file)).read_bytes()
     else:
-        if not a.prompt_file and sys.stdin.isatty():
+        if sys.stdin.isatty():
             print('Type a text to continue, then Ctrl-D on a line of its own.', file=sys.stderr)
-        text = read_text(a.prompt_file)
-    tokens = encode(model, enc, text, 'the prompt')
+        data = sys.stdin.buffer.read()
+    tokens = encode(model, enc, read_text(data, a.prompt_file or 'the prompt'), 'the prompt')
     context, K = tokens[-model.cfg.block_size:], model.cfg.n_iter
-    sampling, halting = (a.temperature, a.top_k, a.top_p), dict(tau=a.tau, max_iter=a.max_iter)
     start = time.perf_counter()
-    prompt = read(model, tokens, **halting)
+    prompt = read(model, tokens, tau=a.tau, max_iter=a.max_iter)
     if a.depth:
         legend = ''.join(paint(f' {d} ', d, K) for d in range(1, K + 1))
         print(f'iterations {legend}, the prompt is {paint("bold", None, K, bold=True)}\n')
     runs = []
     for n in range(a.num_samples):
         generator = torch.Generator().manual_seed(a.seed + n)
-        if a.execution == 'cached':
-            steps = stream(model, [context], a.max_new_tokens, *sampling, [generator], **halting, stop_token=stop)
-        else:
-            steps = stream_without_cache(model, context, a.max_new_tokens, sampling, generator, a.execution, stop,
-                                         **halting)
+        steps = stream(model, [context], a.max_new_tokens, a.temperature, a.top_k, a.top_p, generator, a.tau,
+                       a.max_iter, stop_token=stop)
         if n:
             print('\n' + '-' * 20)
         made = []
@@ -580,13 +481,12 @@ def parse(argv):
     """The settings of the command line, checked as far as that goes without the model."""
     p = argparse.ArgumentParser('sample.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--ckpt', required=True, help="train.py's ckpt.pt, or a Hugging Face folder or hub name of a Pythia")
-    p.add_argument('--tokenizer', help='a tokenizer file, where it is not the one beside the checkpoint')
     what = p.add_mutually_exclusive_group()
     what.add_argument('--prompt', help='text to continue; default: standard input')
     what.add_argument('--prompt_file', help='a file with the text to continue')
     what.add_argument('--prompts', help='a file of JSON lines {"prompt": ..., "max_new_tokens": ...}; other keys stay')
     p.add_argument('--batch', type=int, default=8, help='sequences in flight with --prompts (8)')
-    p.add_argument('--out', help='where --prompts writes its JSON lines, at the end; default: standard output')
+    p.add_argument('--out', help='where --prompts writes its JSON lines; default: standard output')
     p.add_argument('--max_new_tokens', type=int, default=300, help='(300)')
     p.add_argument('--temperature', type=float, default=0.8, help='0 is greedy (0.8)')
     p.add_argument('--top_k', type=int, help='only the k likeliest tokens')
@@ -595,8 +495,6 @@ def parse(argv):
     p.add_argument('--seed', type=int, default=1337, help='(1337)')
     p.add_argument('--tau', type=float, help="halting threshold, default the checkpoint's; larger halts sooner")
     p.add_argument('--max_iter', type=int, help='at most this many iterations a token')
-    p.add_argument('--execution', choices=('cached', 'packed', 'dense'), default='cached',
-                   help='the same text three ways; only cached is fast')
     p.add_argument('--depth', action='store_true', help='colour each token by its depth')
     p.add_argument('--html', metavar='FILE', help='write a page that shows depth, NLL and gates of each token')
     p.add_argument('--ignore_eot', action='store_true', help='go on after <|endoftext|>')
@@ -606,14 +504,10 @@ def parse(argv):
     check_sampling(a.temperature, a.top_k, a.top_p)
     if a.tau is not None and not 0 <= a.tau < 1:
         raise UsageError(f'tau must be in [0, 1), not {a.tau}')
-    if a.max_new_tokens < 0 or a.num_samples < 1 or a.batch < 1:
-        raise UsageError('max_new_tokens must be at least 0, num_samples and batch at least 1')
-    if not 0 <= a.seed < 2 ** 62:
-        raise UsageError(f'seed must be at least 0 and below 2^62, not {a.seed}')
-    if a.prompts and (a.html or a.depth or a.num_samples > 1 or a.execution != 'cached'):
-        raise UsageError('--html, --depth, --num_samples and --execution do not go with --prompts')
-    if a.out and not a.prompts:
-        raise UsageError('--out is for --prompts: redirect standard output instead')
+    if a.max_new_tokens < 0 or a.num_samples < 1 or a.batch < 1 or not 0 <= a.seed < 2 ** 62:
+        raise UsageError('max_new_tokens must be at least 0, num_samples and batch at least 1, seed in [0, 2^62)')
+    if bool(a.prompts) < bool(a.out) or (a.prompts and (a.html or a.depth or a.num_samples > 1)):
+        raise UsageError('--out is for --prompts, and --html, --depth and --num_samples for a single prompt')
     for path in (a.html, a.out):
         if path is not None:
             check_writable(path)
@@ -625,7 +519,7 @@ def main(argv=None):
     a = parse(argv)
     from train import get_device  # here, because importing train takes a second, and only the command needs it
     device = get_device(a.device)
-    model, enc = load(a.ckpt, a.tokenizer, getattr(torch, a.dtype))
+    model, enc = load(a.ckpt, getattr(torch, a.dtype))
     model = model.to(device).eval()
     model.check_max_iter(a.max_iter)
     stop = None if a.ignore_eot else enc._special_tokens[EOT]
@@ -636,10 +530,8 @@ def main(argv=None):
     line = summary(model, runs, seconds, a.max_iter)
     print(line, file=sys.stderr)
     if a.html:
-        names = ('seed', 'temperature', 'top_k', 'top_p', 'tau', 'max_iter')
-        settings = [f'{name} {getattr(a, name)}' for name in names if getattr(a, name) is not None]
         samples = [prompt + steps for length, steps in runs]
-        page = html_page(f'AdaPonderLM, {a.ckpt}', ', '.join([line, *settings]), samples, enc, model.cfg.n_iter)
+        page = html_page(f'AdaPonderLM, {a.ckpt}', line, samples, enc, model.cfg.n_iter)
         write_beside(a.html, page.encode('utf-8', 'backslashreplace'))
         print(f'wrote {a.html}', file=sys.stderr)
 

@@ -7,7 +7,7 @@ import base64
 import dataclasses
 import gzip
 import hashlib
-import html.parser
+import html
 import io
 import itertools
 import json
@@ -20,12 +20,11 @@ import signal
 import socket
 import subprocess
 import sys
-import tarfile
+import tempfile
 import time
 import types
 import urllib.error
 import warnings
-import zipfile
 from dataclasses import asdict, fields, replace
 from itertools import count
 from pathlib import Path
@@ -356,40 +355,36 @@ def test_cross_entropy_and_its_gradients(chunks, frozen, device):
 
 # generation
 
-@pytest.mark.parametrize('kw', [dict(temperature=0), dict(top_k=20, top_p=0.8), dict(policy=random_policy(0.5)), dict(max_iter=3),
-                                dict(tau=0.5, temperature=0.7)])
+@pytest.mark.parametrize('kw', [dict(temperature=0), dict(top_k=20, top_p=0.8), dict(policy=random_policy(0.5)),
+                                dict(max_iter=3), dict(tau=0.5, temperature=0.7)])
 @pytest.mark.parametrize('config', [{}, dict(objective='saving', tau=0.3, ponder_norm=True), dict(feedback='hidden'),
                                     dict(halting=False)])
 def test_batch_engine_equals_one_at_a_time(config, kw):
     m = tiny(torch.float64, block_size=40, **config)
-    g = torch.Generator().manual_seed(9)
-    prompts = [torch.randint(61, (n,), generator=g).tolist() for n in (1, 3, 60, 7, 2, 30, 12)]  # one is longer than the context
-    new = [5, 0, 20, 1, 45, 3, 9]
-
-    def generators():
-        return [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-    want = []
-    for n, (p, generator) in enumerate(zip(prompts, generators())):
+    lengths, new = (1, 3, 60, 7, 2, 30, 12), [5, 0, 20, 1, 45, 3, 9]  # one prompt is longer than the context
+    prompts = [random_tokens(n, seed=n).tolist() for n in lengths]
+    runs = []
+    for slots in (1, 3, 32):
+        runs.append([[] for _ in prompts])
+        generators = [torch.Generator().manual_seed(n) for n in range(len(prompts))]
+        for step in stream(m, prompts, new, slots=slots, generator=generators, **kw):
+            runs[-1][step.seq].append((step.token, step.depth, [round(s, 9) for s in step.gates]))
+    assert runs[0] == runs[1] == runs[2]  # depths and gates too
+    assert tuple(map(len, prompts)) == lengths  # the caller's lists are left alone
+    assert len({depth for steps in runs[0] for _, depth, _ in steps}) > 1 or ('policy' not in kw and not m.cfg.halting)
+    for n, p in enumerate(prompts):
         alone = dict(kw)
         if 'policy' in kw:  # in the engine a prompt's row is its index
             alone['policy'] = lambda i, s, h, row, pos: kw['policy'](i, s, h, row + n, pos)
-        want.append(m.generate(torch.tensor([p]), new[n], generator=generator, **alone)[0, len(p):].tolist())
-    before = [list(p) for p in prompts]
-    runs = []
-    for slots in (1, 3, 32):
-        got = [[] for _ in prompts]
-        for step in stream(m, prompts, new, slots=slots, generator=generators(), **kw):
-            got[step.seq].append((step.token, step.depth, [round(s, 9) for s in step.gates]))
-        assert [[token for token, _, _ in steps] for steps in got] == want
-        runs.append(got)
-    assert runs[0] == runs[1] == runs[2] and prompts == before  # depths and gates too, and the caller's lists are left alone
-    assert len({depth for steps in runs[0] for _, depth, _ in steps}) > 1 or ('policy' not in kw and not m.cfg.halting)
+        generator = torch.Generator().manual_seed(n)
+        want = m.generate(torch.tensor([p]), new[n], generator=generator, **alone)[0, len(p):].tolist()
+        assert [token for token, _, _ in runs[0][n]] == want
 
 
 def test_engine_says_what_the_network_says():
-    """Each Step's depth, gates and NLL are those of the whole sequence, and a stop token ends a sequence and is yielded."""
-    m = tiny(torch.float64)
-    steps = list(stream(m, [[5, 6, 7]], 20, generator=torch.Generator().manual_seed(1)))
+    """Each Step's depth, gates and NLL are those of the whole sequence; a stop token ends a sequence and is yielded."""
+    m, seeded = tiny(torch.float64), lambda: torch.Generator().manual_seed(1)
+    steps = list(stream(m, [[5, 6, 7]], 20, generator=seeded()))
     text = torch.tensor([[5, 6, 7] + [step.token for step in steps]])
     out = m(text[:, :-1], text[:, 1:])
     assert [step.depth for step in steps] == out.depth[0, 2:].tolist()
@@ -398,7 +393,7 @@ def test_engine_says_what_the_network_says():
         assert step.gates == pytest.approx(out.gates[0, n, :min(step.depth, 3)].tolist(), abs=1e-10)
     stop = steps[9].token
     first = [step.token for step in steps].index(stop)
-    assert list(stream(m, [[5, 6, 7]], 20, generator=torch.Generator().manual_seed(1), stop_token=stop)) == steps[:first + 1]
+    assert list(stream(m, [[5, 6, 7]], 20, generator=seeded(), stop_token=stop)) == steps[:first + 1]
 
 
 @pytest.mark.parametrize('kw, words', [
@@ -573,52 +568,33 @@ def ckpt(tmp_path_factory):
 PROMPT = 'tab\there <b>é漢😀</b> &amp;\r\n\x1b[31m'  # 38 bytes
 
 
-class Page(html.parser.HTMLParser):
-    """The tokens of a page that sample.py wrote: (text, attributes), and all tags."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tokens, self.tags = [], ['']
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        if tag == 'span':
-            self.tokens.append(['', dict(attrs)])
-
-    def handle_data(self, data):
-        if self.tags[-1] == 'span' and data:
-            self.tokens[-1][0] += data
-
-    def handle_endtag(self, tag):
-        if tag == 'span':
-            self.tags.append('/')
+def page_tokens(path):
+    """(text, classes, tip) of each token of a page that sample.py wrote."""
+    page = path.read_text(encoding='utf-8')
+    spans = re.findall(r'<span class="(t [^"<>]*)" tabindex="0" data-tip="([^"<>]*)">([^<>]*)</span>', page)
+    return [(html.unescape(text), names.split(), html.unescape(tip)) for names, tip, text in spans]
 
 
-def test_sample_makes_the_same_text_and_page_on_every_execution(ckpt, tmp_path, capsys):
+def test_sample_prints_what_the_engine_makes(ckpt, capsys):
     m, tokens = AdaPonderLM.from_checkpoint(ckpt), list(PROMPT.encode())
-    steps = list(stream(m, [tokens], 30, temperature=0.8, generator=torch.Generator().manual_seed(5)))  # outgrows the 64
+    generator = torch.Generator().manual_seed(5)
+    steps = list(stream(m, [tokens], 30, temperature=0.8, generator=generator))  # outgrows the context of 64
     shown = [bytes([s.token]) if s.token < 256 else EOT.encode() for s in steps if s.token <= 256]
     want = b''.join(shown).decode(errors='replace')
-    args = ('--ckpt', ckpt, '--prompt', PROMPT, '--max_new_tokens', 30, '--ignore_eot')
-    pages = []
-    for execution in ('cached', 'packed', 'dense'):
-        page = tmp_path / f'{execution}.html'
-        got = run_sample(capsys, *args, '--seed', 5, '--execution', execution, '--html', page)
-        assert got.out == PROMPT + want + '\n'
-        assert re.match(rf'30 tokens, \d+ tokens/s, mean depth {sum(s.depth for s in steps) / 30:.2f} of 4, ', got.err)
-        pages.append(Page(page.read_text(encoding='utf-8')).tokens)
-    assert pages[0] == pages[1] == pages[2] and '�' in want
-    other = run_sample(capsys, '--ckpt', ckpt.parent, *args[2:], '--seed', 4, '--num_samples', 2).out  # a run's folder will do
-    assert other.endswith('-' * 20 + '\n' + PROMPT + want + '\n') and other.count(want) == 1  # sample n has seed + n
+    args = ('--prompt', PROMPT, '--max_new_tokens', 30, '--ignore_eot')
+    got = run_sample(capsys, '--ckpt', ckpt, *args, '--seed', 5)
+    assert got.out == PROMPT + want + '\n' and '�' in want
+    assert re.match(rf'30 tokens, \d+ tokens/s, mean depth {sum(s.depth for s in steps) / 30:.2f} of 4, ', got.err)
+    # a run's folder will do, and sample n has seed + n
+    other = run_sample(capsys, '--ckpt', ckpt.parent, *args, '--seed', 4, '--num_samples', 2).out
+    assert other.endswith('-' * 20 + '\n' + PROMPT + want + '\n') and other.count(want) == 1
 
 
 @pytest.mark.parametrize('max_iter', [4, 2])
 def test_sample_reports_the_flops_of_each_token_at_its_own_context(ckpt, capsys, max_iter):
     m = AdaPonderLM.from_checkpoint(ckpt)
-    err = run_sample(capsys, '--ckpt', ckpt, '--prompt', 'a' * 60, '--max_new_tokens', 30, '--temperature', 0, '--ignore_eot',
-                     '--max_iter', max_iter).err
+    err = run_sample(capsys, '--ckpt', ckpt, '--prompt', 'a' * 60, '--max_new_tokens', 30, '--temperature', 0,
+                     '--ignore_eot', '--max_iter', max_iter).err
     spent = full = 0
     for n, s in enumerate(stream(m, [[97] * 60], 30, temperature=0, max_iter=max_iter)):
         f = m.cfg.flops(60 + n if n < 5 else 60 + n - 32)  # the window moves by half of 64 when it is full
@@ -638,45 +614,22 @@ def test_pieces_show_split_characters_as_one():
     assert pieces([97, 256, 257, 258, 300]) == [('a', [97]), (' “"', [256, 257]), (EOT, [258]), ('', [300])]
     assert pieces(list('é😀'.encode()) + [0xF0, 0x9F]) == [
         ('é', [0xC3, 0xA9]), ('😀', [0xF0, 0x9F, 0x98, 0x80]), ('�', [0xF0, 0x9F])]
-    rng = np.random.default_rng(0)
+    rng = random.Random(0)
     for _ in range(300):  # any bytes come out as decode() has them, and a piece is a character or a broken one
-        parts = [list(rng.choice(['a', 'é', '漢', '😀']).encode())[:rng.integers(1, 5)] for _ in range(8)]
-        tokens = np.concatenate(parts).tolist()
+        tokens = [b for _ in range(8) for b in rng.choice('aé漢😀').encode()[:rng.randint(1, 4)]]
         got = pieces(tokens)
         assert ''.join(t for t, _ in got) == bytes(tokens).decode(errors='replace')
         assert sum((g for _, g in got), []) == tokens
         assert all(len(t.encode()) <= 4 or '�' in t for t, _ in got)
 
 
-def test_sample_streams_as_it_goes(ckpt, capsys, monkeypatch):
-    """Standard output that has had enough after 20 writes ends a run that would never end."""
-    want = run_sample(capsys, '--ckpt', ckpt, '--prompt', 'x', '--max_new_tokens', 40, '--ignore_eot').out
-    got = []
-
-    class Enough(Exception):
-        pass
-
-    class Out(io.StringIO):
-        def write(self, text):
-            got.append(text)
-            if len(got) == 20:
-                raise Enough
-    monkeypatch.setattr(sys, 'stdout', Out())
-    with pytest.raises(Enough):
-        sample_py.main(['--ckpt', str(ckpt), '--prompt', 'x', '--max_new_tokens', str(10 ** 30), '--ignore_eot'])
-    assert want.startswith(''.join(got))
-
-
-@pytest.mark.parametrize('colorterm', ['truecolor', ''])
-def test_depth_view(ckpt, capsys, monkeypatch, colorterm):
-    monkeypatch.setenv('COLORTERM', colorterm)
+def test_depth_view(ckpt, capsys):
     m = AdaPonderLM.from_checkpoint(ckpt)
-    depth = [None] + m(torch.tensor([list(PROMPT.encode())])).depth[0].tolist()  # a position's depth is spent on the next
+    depth = [None] + m(torch.tensor([list(PROMPT.encode())])).depth[0].tolist()  # a position's is spent on the next
     text = run_sample(capsys, '--ckpt', ckpt, '--prompt', PROMPT, '--max_new_tokens', 0, '--depth').out
     legend, _, body = text.partition('\n\n')
     styles = [style for style, d in re.findall(r'\x1b\[([\d;]+)m (\d) \x1b', legend)]
-    black_on = '0;38;2;0;0;0;48;2;' if colorterm else '0;38;5;16;48;5;'
-    assert len(set(styles)) == 4 and all(style.startswith(black_on) for style in styles)
+    assert len(set(styles)) == 4 and all(style.startswith('0;38;5;16;48;5;') for style in styles)  # black on a colour
     painted = re.findall(r'\x1b\[([\d;]+)m([^\x1b]*)\x1b\[0m(\n?)', body)
     want = PROMPT.replace('\t', '    ').replace('\r\n', r'\x0d↵' + '\n').replace('\x1b', r'\x1b') + '\n'
     assert want == ''.join(shown + end for _, shown, end in painted) == re.sub(r'\x1b\[[\d;]*m', '', body)
@@ -690,43 +643,33 @@ def test_depth_view(ckpt, capsys, monkeypatch, colorterm):
 def test_page_is_self_contained_and_escaped(ckpt, tmp_path, capsys):
     got = run_sample(capsys, '--ckpt', ckpt, '--prompt', PROMPT, '--max_new_tokens', 30, '--num_samples', 2,
                      '--html', tmp_path / 'p.html', '--ignore_eot')
-    text = (tmp_path / 'p.html').read_text(encoding='utf-8')
-    page = Page(text)
-    assert not re.search(r'https?:|//|url\(|\bsrc=|@import|<link', text) and not CONTROL.search(text)
-    assert not {'b', 'img', 'iframe', 'a'} & set(page.tags)
-    assert page.tags.count('script') == 1 and page.tags.count('pre') == 2
-    assert 'prefers-color-scheme:dark' in text and 'width=device-width' in text
-    shown = got.out.replace('\r', r'\x0d').replace('\x1b', r'\x1b').rstrip('\n').split('\n' + '-' * 20 + '\n')
-    assert ''.join(t for t, _ in page.tokens) == CONTROL.sub(lambda c: f'\\x{ord(c[0]):02x}', ''.join(shown))
-    # no bare < even where a browser would forgive it
-    raw = re.findall(r'<span class="[^"]*" tabindex="0" data-tip="[^"<>]*">([^<>]*)</span>', text)
-    assert [html.unescape(r) for r in raw] == [t for t, _ in page.tokens]
-    assert all('&' not in html.unescape(r) or '&amp;' in r for r in raw)
-    prompt = [text for text, a in page.tokens if 'prompt' in a['class']]
-    assert prompt == 2 * [t for t, _ in page.tokens[:len(PROMPT)]]
+    text, tokens = (tmp_path / 'p.html').read_text(encoding='utf-8'), page_tokens(tmp_path / 'p.html')
+    assert not re.search(r'https?:|//|url\(|\bsrc=|@import|<link|<script', text) and not CONTROL.search(text)
+    body = re.sub(r'<span [^<>]*>[^<>]*</span>', '', text[text.index('<pre>'):])  # no tags but those of tokens
+    assert re.fullmatch(r'(<pre></pre>\s*){2}</body></html>\s*', body)
+    shown = ''.join(got.out[:-1].split('\n' + '-' * 20 + '\n'))
+    assert ''.join(t for t, _, _ in tokens) == CONTROL.sub(lambda c: f'\\x{ord(c[0]):02x}', shown)
+    assert [t for t, names, _ in tokens if 'prompt' in names] == 2 * [t for t, _, _ in tokens[:len(PROMPT)]]
 
-    m, tokens = AdaPonderLM.from_checkpoint(ckpt), torch.tensor([list(PROMPT.encode())])
-    out = m(tokens[:, :-1], tokens[:, 1:])
+    m, ids = AdaPonderLM.from_checkpoint(ckpt), torch.tensor([list(PROMPT.encode())])
+    out = m(ids[:, :-1], ids[:, 1:])
     d, nll = int(out.depth[0, -1]), float(out.nll[0, -1])
     gates = ', '.join(f'{s:.2g}' for s in out.gates[0, -1, :d].tolist())
-    shown, attributes = page.tokens[len(PROMPT) - 1]
-    assert shown == 'm' and attributes['class'] == f't d{d} prompt'
-    assert attributes['data-tip'] == (f'"m", in the prompt\ntoken 109: depth {d} of 4, NLL {nll:.2f} nats '
-                                      f'(probability {math.exp(-nll):.2g}), gates {gates}')
-    assert page.tokens[0][1]['data-tip'].endswith('nothing predicted it')
+    tip = f'depth {d} of 4, NLL {nll:.2f} nats (probability {math.exp(-nll):.2g}), gates {gates}'
+    assert tokens[len(PROMPT) - 1] == ('m', ['t', f'd{d}', 'prompt'], f'"m", in the prompt\ntoken 109: {tip}')
+    assert tokens[0][2].endswith('nothing predicted it')
 
 
 def test_prompts_file_keeps_order_keys_and_text(ckpt, tmp_path, capsys):
     prompts = {'longer first': 70, 'b': 3, 'c\u2028漢\n': 9, 'e': 0}
-    jobs = [dict(prompt=p, id=i, max_new_tokens=n, note='\ud800' if i else 'é') for i, (p, n) in enumerate(prompts.items())]
+    jobs = [dict(prompt=p, max_new_tokens=n, note='\ud800' if n > 3 else 'é') for p, n in prompts.items()]
     lines = [json.dumps(j).replace(r'\u2028', '\u2028') for j in jobs]  # U+2028 is no line end in JSON
     (tmp_path / 'in.jsonl').write_bytes(('\ufeff' + '\n\n'.join(lines) + '\r\n').encode())
-    args = ('--ckpt', ckpt, '--ignore_eot')
-    outs = []
+    args, outs = ('--ckpt', ckpt, '--ignore_eot'), []
     for batch in (1, 3):
         got = run_sample(capsys, *args, '--prompts', tmp_path / 'in.jsonl', '--batch', batch)
         outs.append([json.loads(line) for line in got.out.split('\n') if line])
-        assert '4/4' in got.err and '82 tokens' in got.err
+        assert '82/82' in got.err and '82 tokens' in got.err
     assert outs[0] == outs[1] and [{k: r[k] for k in jobs[0]} for r in outs[0]] == jobs
     assert [r['tokens'] for r in outs[0]] == [70, 3, 9, 0]
     assert outs[0][3]['mean_depth'] is None and 1 <= outs[0][0]['mean_depth'] <= 4
@@ -736,7 +679,6 @@ def test_prompts_file_keeps_order_keys_and_text(ckpt, tmp_path, capsys):
     run_sample(capsys, *args, '--prompts', tmp_path / 'in.jsonl', '--out', tmp_path / 'out.jsonl')
     text = (tmp_path / 'out.jsonl').read_text(encoding='utf-8')
     assert [json.loads(line) for line in text.split('\n') if line] == outs[0]
-    assert len(list(tmp_path.iterdir())) == 2  # nothing half-written stays
 
 
 def test_end_of_text_ends_a_sample(tmp_path, capsys):
@@ -752,117 +694,87 @@ def test_end_of_text_ends_a_sample(tmp_path, capsys):
     assert (line['completion'], line['tokens']) == ('', 1)
 
 
-@pytest.mark.parametrize('way', ['argument', 'file', 'home', 'stdin', 'bom'])
-def test_prompt_is_exact_whatever_the_locale(ckpt, tmp_path, way):
-    (tmp_path / 'p').write_bytes(b'\xef\xbb\xbf' * (way == 'bom') + PROMPT.encode())
-    args = {'argument': ['--prompt', PROMPT], 'home': ['--prompt_file', '~/p'], 'stdin': []}.get(way, ['--prompt_file', 'p'])
+@pytest.mark.parametrize('args', [['--prompt', PROMPT], ['--prompt_file', '~/p'], []])
+def test_prompt_is_exact_whatever_the_locale(ckpt, tmp_path, args):
+    (tmp_path / 'p').write_bytes(b'\xef\xbb\xbf' + PROMPT.encode())  # with a byte order mark
     env = {**os.environ, 'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0', 'HOME': str(tmp_path)}
-    out = subprocess.run([sys.executable, HERE / 'sample.py', '--ckpt', ckpt, '--max_new_tokens', '0', *args], cwd=tmp_path,
-                         env=env, input=PROMPT.encode(), capture_output=True)
+    command = [sys.executable, HERE / 'sample.py', '--ckpt', ckpt, '--max_new_tokens', '0', *args]
+    out = subprocess.run(command, cwd=tmp_path, env=env, input=PROMPT.encode(), capture_output=True)
     assert out.stdout == (PROMPT + '\n').encode().replace(b'\n', os.linesep.encode()) and out.returncode == 0
 
 
-@pytest.mark.parametrize('execution', ['cached', 'dense'])
-def test_a_prompt_longer_than_the_context_is_cropped_with_a_word(ckpt, tmp_path, capsys, execution):
-    text = ''.join(chr(97 + i % 26) for i in range(100))
-    args = ('--ckpt', ckpt, '--ignore_eot', '--max_new_tokens', 9, '--execution', execution)
+def test_a_prompt_longer_than_the_context_is_cropped_with_a_word(ckpt, tmp_path, capsys):
+    text, args = 'abcdefghij' * 10, ('--ckpt', ckpt, '--ignore_eot', '--max_new_tokens', 9)
     got = run_sample(capsys, *args, '--prompt', text, '--html', tmp_path / 'p.html')
     assert '100 tokens' in got.err and 'last 64' in got.err
     assert got.out == text[:36] + run_sample(capsys, *args, '--prompt', text[36:]).out
-    page = Page((tmp_path / 'p.html').read_text(encoding='utf-8')).tokens
-    assert ['nothing predicted' in a['data-tip'] for _, a in page] == [True] * 37 + [False] * (len(page) - 37)
+    tips = [tip for _, _, tip in page_tokens(tmp_path / 'p.html')]
+    assert ['nothing predicted' in tip for tip in tips] == [True] * 37 + [False] * (len(tips) - 37)
 
 
-def test_sample_with_a_bpe(tmp_path, capsys):
-    rank_file = SHARED / 'tokenizers' / 'gpt2.tiktoken'
-    if not rank_file.exists():
-        pytest.skip(f'no {rank_file}')
-    shutil.copy(rank_file, tmp_path / 'tokenizer.tiktoken')
-    m = tiny(torch.float32, vocab_size=50304, n_embd=16, n_layer=1, rotary_pct=1.0)
-    path = save_ckpt(m, tmp_path / 'ckpt.pt', 'tokenizer.tiktoken')
-    text = 'def naïve(漢字, "😀"):\n\treturn “x”'
-    run_sample(capsys, '--ckpt', path, '--prompt', text, '--max_new_tokens', 20, '--html', tmp_path / 'p.html')
-    tokens = Page((tmp_path / 'p.html').read_text(encoding='utf-8')).tokens
-    prompt = [(t, a['data-tip'].count('\n')) for t, a in tokens if 'prompt' in a['class']]
-    n = len(prepare_data.load_tokenizer(rank_file).encode_ordinary(text))
-    assert ''.join(t for t, _ in prompt) == text and sum(c for _, c in prompt) == n > len(prompt)
-
-
-def test_a_saved_folder_is_sampled_with_its_own_tokenizer(tmp_path, capsys, ckpt):
-    """What save_pretrained() wrote, with meta.json beside it: the bytes tokenizer has no file."""
+def test_a_saved_folder_is_sampled_with_its_own_tokenizer(tmp_path, capsys):
+    """What save_pretrained() wrote of a run with a tokenizer file, with meta.json beside it."""
     pytest.importorskip('transformers')
-    model = AdaPonderLM.from_checkpoint(ckpt)
-    model.save_pretrained(tmp_path / 'folder')
-    meta = torch.load(ckpt, weights_only=True)['meta']
-    (tmp_path / 'folder' / 'meta.json').write_text(json.dumps(meta), encoding='utf-8')
+    write_ranks(tmp_path / 'tokenizer.tiktoken', small_ranks())
+    path = save_ckpt(tiny(torch.float32, vocab_size=320), tmp_path / 'ckpt.pt', 'tokenizer.tiktoken')
+    meta = torch.load(path, weights_only=True)['meta']
+    (tmp_path / 'meta.json').write_text(json.dumps(meta), encoding='utf-8')
+    AdaPonderLM.from_checkpoint(path).save_pretrained(tmp_path / 'folder')
     args = ('--prompt', PROMPT, '--max_new_tokens', 30)
-    want = run_sample(capsys, '--ckpt', ckpt, *args).out
-    assert run_sample(capsys, '--ckpt', tmp_path / 'folder', *args).out == want
-
-
-X = ['--prompt', 'x']
+    assert run_sample(capsys, '--ckpt', tmp_path / 'folder', *args).out == run_sample(capsys, '--ckpt', path, *args).out
 
 
 @pytest.mark.parametrize('args, words', [
-    (['--prompt', ''], 'the prompt is empty'),
-    (['--prompt', '\udcff'], 'the prompt is not UTF-8 text'),
-    (['--prompt_file', 'none'], 'No such file'), (['--prompt_file', 'latin'], 'latin is not UTF-8 text'),
-    (['--ckpt', 'none.pt', *X], 'no checkpoint at none.pt'), (['--ckpt', 'latin', *X], 'not a readable checkpoint'),
-    (['--ckpt', '.', *X], "holds neither train.py's ckpt.pt nor Hugging Face's config.json"),
-    (['--ckpt', 'other.pt', *X], 'other.pt is a checkpoint of another project'),
-    (['--ckpt', 'no_meta.pt', *X], 'does not say which tokenizer'), (['--ckpt', 'no_embed.pt', *X], 'of another version'),
-    (['--ckpt', 'narrow.pt', '--prompt', 'z'], 'token 122, outside the vocabulary of 100'),
-    ([*X, '--temperature', '-1'], 'temperature must be'), ([*X, '--temperature', 'nan'], 'temperature must be'),
-    ([*X, '--top_k', '0'], 'top_k at least 1'), ([*X, '--top_p', '1.5'], r'top_p in \(0, 1\]'),
-    ([*X, '--tau', '1'], r'tau must be in \[0, 1\)'), ([*X, '--max_iter', '5'], 'max_iter must be 1 to n_iter = 4'),
-    ([*X, '--max_new_tokens', '-1'], 'at least 0'), ([*X, '--num_samples', '0'], 'at least 1'),
-    ([*X, '--seed', str(2 ** 70)], 'seed must be'), ([*X, '--seed', '-1'], 'seed must be'),
-    ([*X, '--device', 'nonsense'], 'nonsense'), ([*X, '--tokenizer', 'none.json'], 'no tokenizer file none.json'),
-    ([*X, '--html', 'no/where.html'], 'no/where.html cannot be written'), ([*X, '--html', '.'], 'is a folder'),
-    (['--prompts', 'bad', '--out', 'no/where'], 'cannot be written'), ([*X, '--out', 'x'], '--out is for --prompts'),
-    (['--prompts', 'bad', '--depth'], 'do not go with --prompts'), (['--prompts', 'none'], 'No such file'),
-    (['--prompts', 'bad'], 'bad, line 2: not a JSON object with a string "prompt"'),
-    (['--prompts', 'deep'], 'deep, line 1: not a JSON object'), (['--prompts', 'negative'], 'negative, line 1: not a JSON'),
-    (['--prompts', 'empty'], 'empty, line 1: the prompt is empty'),
-    (['--prompts', 'surrogate'], 'surrogate, line 1: the prompt is not UTF-8')])
+    ('--prompt ', 'the prompt is empty'), ('--prompt \udcff', 'the prompt is not UTF-8 text'),
+    ('--prompt_file none', 'No such file'), ('--prompt_file latin', 'latin is not UTF-8 text'),
+    ('--ckpt none.pt', 'no checkpoint at none.pt'), ('--ckpt latin', 'not a readable checkpoint'),
+    ('--ckpt .', 'holds neither'), ('--ckpt other.pt', 'other.pt is a checkpoint of another project'),
+    ('--ckpt no_meta.pt', 'names no tokenizer'), ('--ckpt no_embed.pt', 'of another version'),
+    ('--ckpt narrow.pt', 'token 120, outside the vocabulary of 100'), ('--temperature -1', 'temperature must be'),
+    ('--temperature nan', 'temperature must be'), ('--top_k 0', 'top_k at least 1'), ('--top_p 1.5', 'top_p in'),
+    ('--tau 1', 'tau must be in'), ('--max_iter 5', 'max_iter must be 1 to n_iter = 4'),
+    ('--max_new_tokens -1', 'at least 0'), ('--num_samples 0', 'at least 1'), (f'--seed {2 ** 70}', 'seed in'),
+    ('--seed -1', 'seed in'), ('--device nonsense', 'nonsense'), ('--html no/p.html', 'no/p.html cannot be written'),
+    ('--out x', '--out is for --prompts'), ('--prompts bad --out no/where', 'cannot be written'),
+    ('--prompts bad --depth', 'for a single prompt'), ('--prompts none', 'No such file'),
+    ('--prompts bad', 'bad, line 2: not a JSON object'), ('--prompts deep', 'deep, line 1: not a JSON'),
+    ('--prompts negative', 'negative, line 1: not a JSON'), ('--prompts empty', 'prompt 1 is empty'),
+    ('--prompts surrogate', 'surrogate, line 1: not a JSON')])
 def test_sample_refuses_with_a_sentence(ckpt, tmp_path, monkeypatch, args, words):
     monkeypatch.chdir(tmp_path)
-    Path('latin').write_bytes(b'caf\xe9')
     state = torch.load(ckpt, weights_only=True)
     torch.save({'model': {}}, 'other.pt')
     torch.save({**state, 'meta': {}}, 'no_meta.pt')
     torch.save({**state, 'model': {n: t for n, t in state['model'].items() if 'embed' not in n}}, 'no_embed.pt')
     save_ckpt(AdaPonderLM(AdaPonderConfig(100, 32, 1, 2, 16)), Path('narrow.pt'))
-    Path('bad').write_text('{"prompt": "x"}\n["prompt"]')
-    Path('deep').write_text('{"prompt": "x", "list": ' + '[' * 10 ** 5 + ']' * 10 ** 5 + '}')
-    Path('empty').write_text('{"prompt": ""}')
-    Path('negative').write_text('{"prompt": "x", "max_new_tokens": -1}')
-    Path('surrogate').write_text(r'{"prompt": "\ud800"}')
-    before = sorted(os.listdir())
+    write_files(tmp_path, {
+        'latin': b'caf\xe9', 'bad': '{"prompt": "x"}\n["prompt"]', 'empty': '{"prompt": ""}',
+        'deep': '{"prompt": "x", "list": ' + '[' * 10 ** 5 + ']' * 10 ** 5 + '}',
+        'negative': '{"prompt": "x", "max_new_tokens": -1}', 'surrogate': r'{"prompt": "\ud800"}'})
+    before, args = sorted(os.listdir()), args.split(' ')
+    if '--ckpt' not in args:
+        args += ['--ckpt', str(ckpt)]
+    if not args[0].startswith('--prompt'):
+        args += ['--prompt', 'x']
     with pytest.raises((ValueError, OSError), match=words):
-        sample_py.main([*(['--ckpt', str(ckpt)] if '--ckpt' not in args else []), *args])
+        sample_py.main(args)
     assert sorted(os.listdir()) == before
 
 
-@pytest.mark.parametrize('end', ['closed pipe', 'Ctrl-C', 'Ctrl-C at once', 'refused'])
-def test_sample_ends_quietly(ckpt, end):
-    n = '-1' if end == 'refused' else str(10 ** 9)
-    command = [sys.executable, HERE / 'sample.py', '--ckpt', ckpt, '--prompt', 'x', '--max_new_tokens', n, '--ignore_eot']
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # ignored in the background
-    if end in ('closed pipe', 'Ctrl-C'):
-        assert len(run.stdout.read(30)) == 30
-    if end == 'closed pipe':
-        run.stdout.close()
-    elif end != 'refused':
-        time.sleep(0.5 if end == 'Ctrl-C at once' else 0)  # during the imports
-        run.send_signal(signal.SIGINT)
-    code, err = run.wait(300), run.stderr.read().decode()
-    assert (code, err.count('\n')) in {'closed pipe': [(1, 0)], 'Ctrl-C': [(130, 1)], 'refused': [(2, 1)],
-                                       'Ctrl-C at once': [(-signal.SIGINT, 0), (130, 1)]}[end]
-    assert 'Traceback' not in err
-    run.stdout.close()
-    run.stderr.close()
+@pytest.mark.parametrize('end, results', [('closed pipe', [(1, 0)]), ('Ctrl-C', [(130, 1)]),
+                                          ('Ctrl-C at once', [(-signal.SIGINT, 0), (130, 1)])])
+def test_sample_ends_quietly(ckpt, end, results):
+    """(exit code, lines on stderr) of a run that would never end, and shows text before it ends."""
+    command = [sys.executable, HERE / 'sample.py', '--ckpt', ckpt, '--prompt', 'x', '--ignore_eot']
+    with subprocess.Popen([*command, '--max_new_tokens', '1' * 9], stdout=subprocess.PIPE, stderr=subprocess.PIPE,  # else ignored in the background
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as run:
+        if end == 'Ctrl-C at once':
+            time.sleep(0.5)  # during the imports
+        else:
+            assert len(run.stdout.read(30)) == 30
+        run.stdout.close() if end == 'closed pipe' else run.send_signal(signal.SIGINT)
+        code, err = run.wait(300), run.stderr.read().decode()
+    assert (code, err.count('\n')) in results and 'Traceback' not in err
 
 
 # public implementations
@@ -1079,27 +991,18 @@ def nasty(rng, n):
     """n characters or a few more of text that tokenizers get wrong."""
     blocks = [(0x300, 0x36F), (0x5B0, 0x5C5), (0x653, 0x655), (0x93C, 0x94D), (0x1AB0, 0x1ACE), (0x20D0, 0x20F0),
               (0x1D165, 0x1D172), (0x1E130, 0x1E136)]
-    marks = [chr(c) for block in blocks for c in range(*block)] + ['\u09be', '\u0dcf', '\u102e', '\u3099', '\u0f71']
-    letters = [*'aeiouyAENnÅqক가각Αωшдالאبཀﬁ\u212b豈\U0002f80f', *map(chr, range(0x1100, 0x1120))]
+    marks = [chr(c) for block in blocks for c in range(*block)] + [*'\u09be\u0dcf\u102e\u3099\u0f71']
+    letters = [*'aeiouyAENnÅqক가각Αωшдالאבཀﬁ\u212b豈\U0002f80f', *map(chr, range(0x1100, 0x1120))]
     blanks = [*' \t\n\r\x0b\x0c\x1c\x85\xa0\u1680\u2003\u2028\u202f\u3000\u180e\u200b\ufeff', '  ', '\n\n', ' ' * 30]
-    words = ('<|endoftext|> <|padding|> <|unk|> <|endof text|> <| |> <|endoftext| 0x1F 3.14159 ２０２４ ½Ⅷ² !!! ... #$% '
-             '_a_b ĠĊ \x01 \x7f the Fox función 日本語 русский العربية if x: aaaa ab cd 👍🏽 🇩🇪 ❤️ 1️⃣ 𝔘𝔫𝔦').split(' ')
-    words += ["I'll", "don't", "'S", "'tis"]
-
-    def any_character():
-        plane = rng.randrange(17)
-        character = chr(rng.randrange(max(1, plane << 16), (plane + 1) << 16))
-        return character.encode(errors='ignore').decode()  # no surrogates
-
-    def several(choices, most):
-        return ''.join(rng.choice(choices) for _ in range(rng.randint(1, most)))
-
-    kinds = [any_character, lambda: several(blanks, 12), lambda: several(letters, 3) + several(marks, 5),
-             lambda: several(words, 3), lambda: rng.choice(['', ' ', '\n']) + rng.choice(words)]
+    words = ("<|endoftext|> <|padding|> <|unk|> <|endof text|> <| |> <|endoftext| 0x1F 3.14159 ２０２４ ½Ⅷ² !!! ... #$% "
+             "_a_b ĠĊ \x01 \x7f the Fox función 日本語 русский العربية if x: aaaa ab 👍🏽 🇩🇪 ❤️ 1️⃣ I'll 'S 'tis").split(' ')
     text = []
-    while n > 0:
-        text.append(rng.choice(kinds)())
-        n -= len(text[-1])
+    while sum(map(len, text)) < n:
+        any_character = chr(max(1, rng.randrange(0x110000) >> rng.randrange(14)))
+        any_character = any_character.encode(errors='ignore').decode()  # no surrogates
+        letter = rng.choice(letters) + ''.join(rng.choices(marks, k=rng.randint(0, 4)))
+        text.append(rng.choice([any_character, letter, ''.join(rng.choices(blanks, k=rng.randint(1, 12))),
+                                rng.choice(['', ' ', '\n']) + rng.choice(words)]))
     return ''.join(text)
 
 
@@ -1115,29 +1018,14 @@ def write_ranks(path, ranks):
     return path
 
 
-def write_tokenizer_json(path, ranks, added=(), **changes):
-    """A tokenizer.json of GPT-2's form with the tokens of `ranks`; the merge of each is what BPE makes of it before."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    char = {b: chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)}
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda x: x[1]):
-        parts = [token[i:i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            found = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
-            i = found.index(min(found))
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            merges.append([''.join(char[b] for b in part) for part in parts])
-    flags = dict(single_word=False, lstrip=False, rstrip=False)
-    added = [dict(id=len(ranks) + i, content=content, special=special, normalized=normalized, **flags)
-             for i, (content, special, normalized) in enumerate([(EOT, True, False), *added])]
-    byte_level = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=True)
-    vocab = {''.join(char[b] for b in token): i for token, i in ranks.items()}
-    spec = dict(version='1.0', truncation=None, padding=None, added_tokens=added, normalizer=None, decoder=byte_level,
-                pre_tokenizer=byte_level, post_processor=byte_level,
-                model=dict(type='BPE', dropout=None, byte_fallback=False, vocab=vocab, merges=merges))
-    path.write_text(json.dumps({**spec, **changes}), encoding='utf-8')
+def write_tokenizer_json(path, rank_file, **changes):
+    """A tokenizer.json of GPT-2's form with the tokens of a rank file."""
+    tokenizers = pytest.importorskip('tokenizers')
+    converter = pytest.importorskip('transformers.convert_slow_tokenizer').TikTokenConverter
+    tokenizer = converter(vocab_file=str(rank_file)).converted()
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens([EOT])
+    path.write_text(json.dumps({**json.loads(tokenizer.to_str()), **changes}), encoding='utf-8')
     return path
 
 
@@ -1146,32 +1034,20 @@ def shared(name):
     return path if path.is_file() else pytest.skip(f'{path} is not there')
 
 
-def split_tokens(folder, split):
-    """The tokens of a split, its files checked against meta.json."""
+def split_texts(folder):
+    """The documents of train and of val, decoded, in order; the files are checked against meta.json."""
     meta = json.loads((folder / 'meta.json').read_text())
-    parts = []
-    for file in meta[split]['files']:
+    enc, splits = prepare_data.load_tokenizer(meta, folder), []
+    for split in ('train', 'val'):
+        file, = meta[split]['files']
         data = (folder / file['name']).read_bytes()
+        tokens = np.frombuffer(data, meta['dtype'])
         assert hashlib.sha256(data).hexdigest() == file['sha256']
-        parts.append(np.frombuffer(data, meta['dtype']))
-        assert len(parts[-1]) == file['tokens']
-    assert sum(map(len, parts)) == meta[split]['tokens']
-    return np.concatenate(parts).tolist() if parts else []
-
-
-def split_texts(folder, split):
-    """The documents of a split, decoded, in order."""
-    meta = json.loads((folder / 'meta.json').read_text())
-    enc, texts, tokens = prepare_data.load_tokenizer(meta, folder), [], []
-    for t in split_tokens(folder, split):
-        if t == meta['eot']:
-            texts.append(enc.decode(tokens))
-            tokens = []
-        else:
-            tokens.append(t)
-    assert not tokens and len(texts) == meta[split]['documents']
-    assert sum(len(t.encode()) for t in texts) == meta[split]['bytes']
-    return texts
+        assert len(tokens) == file['tokens'] == meta[split]['tokens'] and tokens[-1] == meta['eot']
+        documents = np.split(tokens, np.flatnonzero(tokens == meta['eot']) + 1)[:-1]
+        assert len(documents) == meta[split]['documents']
+        splits.append([enc.decode(document[:-1].tolist()) for document in documents])
+    return splits
 
 
 def some_texts(n, seed=0):
@@ -1200,6 +1076,12 @@ def refuses(call, words):
     assert words in str(e.value) and '\n' not in str(e.value)
 
 
+def fails(error):
+    def call(*args, **kw):
+        raise error
+    return call
+
+
 @pytest.mark.parametrize('body, code, err', [
     ('raise p.UsageError("bad \\udcff é, do this")', 2, 'x.py: bad \\udcff é, do this\n'),
     ('open("none")', 2, "x.py: [Errno 2] No such file or directory: 'none'\n"),
@@ -1216,7 +1098,7 @@ def test_files_appear_whole_and_only_where_they_can(tmp_path, monkeypatch):
     prepare_data.check_writable(tmp_path / 'x')
     assert not any(tmp_path.iterdir())
     prepare_data.write_beside(tmp_path / 'x', b'old')
-    for path, words in ((tmp_path, 'folder'), (tmp_path / 'no' / 'x', 'cannot be written'), ('/dev/null', 'regular'),
+    for path, words in ((tmp_path, 'folder'), (tmp_path / 'no' / 'x', 'cannot be written'), ('/dev/null', 'device'),
                         (tmp_path / ('x' * 300), 'cannot be written'), (tmp_path / 'x' / 'y', 'cannot be written')):
         refuses(lambda: prepare_data.check_writable(path), words)
     monkeypatch.setattr(os, 'replace', fails(OSError(28, 'No space left on device')))
@@ -1225,41 +1107,26 @@ def test_files_appear_whole_and_only_where_they_can(tmp_path, monkeypatch):
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b'old']
 
 
-def fails(error):
-    def call(*args, **kw):
-        raise error
-    return call
-
-
 def test_one_process_a_folder(tmp_path, monkeypatch, capsys):
     """A second preparation of the same folder is refused while the first runs, and leaves its files alone."""
-    fcntl = pytest.importorskip('fcntl')
-    write_files(tmp_path / 'in', {'a.txt': 'some words ' * 50})
-    command = [sys.executable, 'prepare_data.py', str(tmp_path / 'in'), '--out', str(tmp_path / 'out')]
-    (tmp_path / 'out' / 'unfinished').mkdir(parents=True)
-    with prepare_data.lock(tmp_path / 'out' / 'unfinished'):
-        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-        assert done.returncode == 2 and 'another process' in done.stderr and 'Traceback' not in done.stderr
-    assert subprocess.run(command, cwd=HERE, capture_output=True).returncode == 0
-    assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == ['meta.json', 'train.bin', 'val.bin']
+    fcntl, out = pytest.importorskip('fcntl'), tmp_path / 'out'
+    sources = [write_files(tmp_path / 'in', {'a.txt': 'some words ' * 50})]
+    (out / 'unfinished').mkdir(parents=True)
+    with prepare_data.lock(out / 'unfinished'):
+        refuses(lambda: prepare_data.prepare(sources, out), 'another process')
+    prepare_data.prepare(sources, out)
+    assert sorted(p.name for p in out.iterdir()) == ['meta.json', 'train.bin', 'val.bin']
     monkeypatch.setattr(fcntl, 'flock', fails(OSError(38, 'Function not implemented')))
     with prepare_data.lock(tmp_path):
         assert 'no locks' in capsys.readouterr().err
 
 
-def test_bytes_tokenizer():
-    enc, text = prepare_data.load_tokenizer('bytes'), nasty(random.Random(0), 5000)
-    assert enc.encode_ordinary(text) == list(text.encode()) and enc.decode(list(text.encode())) == text
-    assert (enc.n_vocab, enc.eot_token) == (257, 256) and isinstance(enc, tiktoken.Encoding)
-
-
 def test_gpt2_ranks_are_gpt2(tmp_path, monkeypatch):
     """A rank file, by tiktoken, and a tokenizer.json made of it, by `tokenizers`: two programs, the same tokens."""
-    pytest.importorskip('tokenizers')
     enc = prepare_data.load_tokenizer(shared('gpt2.tiktoken'))
     published = [15496, 11, 995, 0, 1279, 91, 437, 1659, 5239, 91, 29]
     assert enc.encode_ordinary('Hello, world! <|endoftext|>') == published and enc.n_vocab == 50257
-    other = prepare_data.load_tokenizer(write_tokenizer_json(tmp_path / 'tokenizer.json', enc._mergeable_ranks))
+    other = prepare_data.load_tokenizer(write_tokenizer_json(tmp_path / 'x.json', shared('gpt2.tiktoken')))
     assert other.n_vocab == enc.n_vocab and other.eot_token == enc.eot_token == 50256
     blanks = ['x' + ' ' * 1_000_000 + 'y', '\n' * 1_000_000 + ' \u3000y', '\t ' * 500_000, '\x1c' * 200_000 + ' a']
     for text in [nasty(random.Random(i), 2000) for i in range(20)] + blanks:
@@ -1271,14 +1138,11 @@ def test_gpt2_ranks_are_gpt2(tmp_path, monkeypatch):
     assert enc.encode_ordinary(text) == other.encode_ordinary(text)
 
 
-def test_blanks_that_overflow_another_pattern_are_refused(tmp_path, monkeypatch):
+def test_blanks_that_overflow_another_pattern_are_refused(tmp_path):
     ranks = {bytes([b]): b for b in range(256)}
-    monkeypatch.setattr(tiktoken, 'get_encoding', lambda name: tiktoken.Encoding(
-        name, pat_str=r'\s+(?!\S)|\s+|\S+', mergeable_ranks=ranks, special_tokens={EOT: 256}))
-    write_files(tmp_path, {'x.txt': 'x' + ' ' * 1_000_000 + 'y'})
-    refuses(lambda: prepare_data.prepare([tmp_path / 'x.txt'], tmp_path / 'out', 'cl100k_base'), 'x.txt has 100,000 blanks')
-    prepare_data.prepare([tmp_path / 'x.txt'], tmp_path / 'out', 'gpt2')  # whose pattern is known
-    assert split_texts(tmp_path / 'out', 'val')[0].endswith(' y')
+    enc = tiktoken.Encoding('other', pat_str=r'\s+(?!\S)|\s+|\S+', mergeable_ranks=ranks, special_tokens={EOT: 256})
+    path = write_files(tmp_path, {'x.txt': 'x' + ' ' * 1_000_000 + 'y'}) / 'x.txt'
+    refuses(lambda: list(prepare_data.read_batches([(path, True, 0, 0)], enc, 0.1, [])), 'x.txt has 100,000 blanks')
 
 
 def test_neox_tokenizer():
@@ -1291,51 +1155,45 @@ def test_neox_tokenizer():
     for i in range(20):
         text = nasty(random.Random(i), 2000)
         assert enc.decode(enc.encode_ordinary(text)) == hf.normalizer.normalize_str(text)
-    tokens = [hf.encode(w).ids for w in ('naïve', ' 日本', '      x', '<|padding|>')]
-    for ids in tokens:
+    for ids in [hf.encode(w).ids for w in ('naïve', ' 日本', '      x', '<|padding|>')]:
         assert b''.join(map(enc.decode_single_token_bytes, ids)).decode() == hf.decode(ids, skip_special_tokens=False)
 
 
-@pytest.mark.parametrize('changes, words', [
-    (dict(decoder={'type': 'WordPiece', 'prefix': '##', 'cleanup': False}), 'not of bytes'),
-    (dict(model='BPE'), 'cannot be used'), (dict(decoder=None), 'cannot be used'), ('no JSON', 'cannot be used'),
-    ('{"a": ' * 10**5, 'cannot be used'), (b'\xff', 'cannot be used'), (dict(added_tokens=[]), 'has no <|endoftext|>')])
-def test_tokenizer_json_that_cannot_be_used_is_refused(tmp_path, changes, words):
+@pytest.mark.parametrize('name, content, words', [
+    ('x.json', dict(decoder={'type': 'WordPiece', 'prefix': '##', 'cleanup': False}), 'not of bytes'),
+    ('x.json', dict(model='BPE'), 'cannot be used'), ('x.json', dict(decoder=None), 'cannot be used'),
+    ('x.json', dict(added_tokens=[]), 'has no <|endoftext|>'), ('x.json', '{"a": ' * 10**5, 'cannot be used'),
+    ('x.json', b'\xff', 'cannot be used'), ('x.tiktoken', b'YQ== 0 1\n', 'not a .tiktoken file'),
+    ('x.tiktoken', b'\n', 'not a .tiktoken file'), ('x.tiktoken', b'*** 0\n', 'not a .tiktoken file'),
+    ('x.tiktoken', b'YQ== 0\n', 'not a whole .tiktoken file')])
+def test_tokenizer_that_cannot_be_used_is_refused(tmp_path, name, content, words):
     pytest.importorskip('tokenizers')
-    if isinstance(changes, dict):
-        write_tokenizer_json(tmp_path / 'x.json', small_ranks(), **changes)
+    if isinstance(content, dict):
+        write_tokenizer_json(tmp_path / name, write_ranks(tmp_path / 't.tiktoken', small_ranks()), **content)
     else:
-        write_files(tmp_path, {'x.json': changes})
-    refuses(lambda: prepare_data.load_tokenizer(tmp_path / 'x.json'), words)
-
-
-@pytest.mark.parametrize('data, words', [
-    (b'YQ== 0 1\n', 'not a .tiktoken file'), (b'\n', 'not a .tiktoken file'), (b'*** 0\n', 'not a .tiktoken file'),
-    (b'YQ== 0\n', 'not a whole .tiktoken file')])
-def test_broken_rank_file_is_refused(tmp_path, data, words):
-    (tmp_path / 'x.tiktoken').write_bytes(data)
-    refuses(lambda: prepare_data.load_tokenizer(tmp_path / 'x.tiktoken'), words)
+        write_files(tmp_path, {name: content})
+    refuses(lambda: prepare_data.load_tokenizer(tmp_path / name), words)
 
 
 @pytest.mark.parametrize('vocab, dtype', [(2**16, 'uint16'), (2**16 + 1, 'uint32')])
 def test_dtype_holds_the_vocabulary(tmp_path, vocab, dtype):
-    ranks = {bytes([b]): b for b in range(256)}
-    for i in range(vocab - 257):  # pairs, then pairs and a byte
-        ranks[bytes([33 + i // 94 % 94, 33 + i % 94, 33 + i // 94**2])[:2 if i < 94**2 else 3]] = 256 + i
-    path = write_ranks(tmp_path / 'big.tiktoken', ranks)
-    text = nasty(random.Random(7), 500) + ''.join(chr(33 + i % 94) for i in range(3000))
+    words = (bytes(w) for w in itertools.product(range(97, 123), repeat=4))
+    ranks = {bytes([b]): b for b in range(256)} | dict(zip(words, range(256, vocab - 1)))
+    path, last = write_ranks(tmp_path / 'big.tiktoken', ranks), list(ranks)[-1].decode()
+    text = nasty(random.Random(7), 500) + f'\n{last}' * 1000
     write_files(tmp_path, {'x.txt': text})
     meta = prepare_data.prepare([tmp_path / 'x.txt'], tmp_path / 'out', path)
     assert (meta['dtype'], meta['vocab_size'], meta['eot']) == (dtype, vocab, vocab - 1)
-    assert split_tokens(tmp_path / 'out', 'train')[-1] == vocab - 1
-    assert ''.join(split_texts(tmp_path / 'out', s)[0] for s in ('train', 'val')) == text
+    assert vocab - 2 in np.fromfile(tmp_path / 'out' / 'train.bin', dtype)
+    train, val = split_texts(tmp_path / 'out')
+    assert train[0] + val[0] == text
 
 
 def packed(data, packing):
-    if packing == '.zst':  # two frames, one behind the other
+    if packing == '.zst':  # two frames, one behind the other, with checksums
+        compressor = pytest.importorskip('zstandard').ZstdCompressor(write_checksum=True)
         half = len(data) // 2
-        compress = pytest.importorskip('zstandard').compress
-        return compress(data[:half]) + compress(data[half:])
+        return compressor.compress(data[:half]) + compressor.compress(data[half:])
     return gzip.compress(data) if packing == '.gz' else data
 
 
@@ -1350,7 +1208,10 @@ def test_every_form_of_input_gives_the_same_documents(tmp_path, monkeypatch, cap
         for i, text in enumerate(whole):
             data = (b'\xef\xbb\xbf' if i % 3 else b'') + text.encode()
             write_files(folder, {f'{i:03d}.{"txt" if i % 2 else "py"}{packing}': packed(data, packing)})
-        write_files(folder, {'.hidden': 'hidden', 'no.txt': '', 'picture.png': b'\x89PNG\r\n', 'tokens.bin': b'a\0b\0'})
+        write_files(folder, {'.hidden': 'hidden', 'no.txt': '', 'picture.png': b'\x89PNG\r\n', 'tokens.bin': b'a\0b\0',
+                             'x.tar.gz': archive('gztar')})
+        if sys.platform == 'linux':  # a name that is not UTF-8
+            write_files(folder, {os.fsdecode(b'z\xe9.png'): b'\xff'})
         write_files(folder / '__pycache__', {'x.txt': 'cache'})
     elif form == 'jsonl':
         for name, part in (('a.jsonl', texts[:22]), ('b.ndjson', texts[22:])):
@@ -1369,33 +1230,27 @@ def test_every_form_of_input_gives_the_same_documents(tmp_path, monkeypatch, cap
         monkeypatch.setitem(sys.modules, 'datasets', module)
         sources = ['hf:a/b:c']
     prepare_data.prepare(sources, tmp_path / 'out', val_fraction=0.3)
-    train, val = [split_texts(tmp_path / 'out', s) for s in ('train', 'val')]
+    train, val = split_texts(tmp_path / 'out')
 
     def for_validation(text):
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), 'big') < 0.3 * 2**64
     assert val == [t for t in whole if for_validation(t)] and 3 < len(val) < 25
     assert train == [t for t in whole if not for_validation(t)]
-    assert ('skipped 2 files' in capsys.readouterr().out) == (form == 'txt')
+    skipped = 3 + (sys.platform == 'linux')
+    assert (f'skipped {skipped} files' in capsys.readouterr().out) == (form == 'txt')
 
 
-def test_files_and_globs_in_their_order(tmp_path, monkeypatch):
-    texts = some_texts(30)
-    write_files(tmp_path / 'in', {f'{i:02d}.txt': t for i, t in enumerate(texts)})
+def test_split_depends_on_the_document_alone(tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path))
-    prepare_data.prepare(['~/in/[12]*.txt', '~/in/02.txt'], '~/out', val_fraction=0.3)
-    train, val = [split_texts(tmp_path / 'out', s) for s in ('train', 'val')]
-    order = [*texts[10:], texts[2]]
-    assert sorted(train + val) == sorted(order) and train == [t for t in order if t in train]
-
-
-def test_split_depends_on_the_document_alone(tmp_path):
-    texts = [f'document {i}' for i in range(3000)]
-    write_jsonl(tmp_path / 'a.jsonl', texts)
-    write_jsonl(tmp_path / '0.jsonl', [f'another {i}' for i in range(500)])
-    prepare_data.prepare([tmp_path / 'a.jsonl'], tmp_path / 'one', val_fraction=0.1)
-    prepare_data.prepare([tmp_path / 'a.jsonl', tmp_path / '0.jsonl'], tmp_path / 'two', val_fraction=0.1)
-    one, two = (set(split_texts(tmp_path / n, 'val')) for n in ('one', 'two'))
-    assert one == two & set(texts) and 300 - 4 * 17 < len(one) < 300 + 4 * 17 and two - one
+    texts, more = ([f'{i} {text}' for i in range(n)] for text, n in (('a', 3000), ('b', 500)))
+    write_jsonl(tmp_path / 'a1.jsonl', texts[:900])
+    write_jsonl(tmp_path / 'a2.jsonl', texts[900:])
+    write_jsonl(tmp_path / '0.jsonl', more)
+    prepare_data.prepare(['~/a1.jsonl', '~/a2.jsonl'], '~/one', val_fraction=0.1)
+    prepare_data.prepare(['~/a*.jsonl', '~/0.jsonl'], '~/two', val_fraction=0.1)
+    one, two = split_texts(tmp_path / 'one')[1], split_texts(tmp_path / 'two')[1]
+    assert two[:len(one)] == one == [t for t in texts if t in one] and len(two) > len(one)
+    assert 300 - 4 * 17 < len(one) < 300 + 4 * 17
 
 
 def test_a_very_long_text_is_several_documents(tmp_path, monkeypatch):
@@ -1405,148 +1260,102 @@ def test_a_very_long_text_is_several_documents(tmp_path, monkeypatch):
     texts = ['\ufeff' + 'é\r\n' * 40, 'x' * 500, ''.join(f'line {i}\n' for i in range(300)), 'short']
     write_files(tmp_path / 'in', {f'{i}.txt': text for i, text in enumerate(texts)})
     prepare_data.prepare([tmp_path / 'in'], tmp_path / 'out', val_fraction=0.3)
-    train, val = [split_texts(tmp_path / 'out', split) for split in ('train', 'val')]
+    train, val = split_texts(tmp_path / 'out')
     assert len(train) > 10 and len(val) > 1 and all(len(text) <= 200 for text in train + val)
     assert sorted(''.join(train + val)) == sorted(''.join(texts)[1:])  # less the byte order mark
     assert all(text.startswith('line') and text.endswith('\n') for text in train + val if 'line' in text)
 
 
 @pytest.mark.parametrize('files, expect', [
-    ({'x.txt.gz': gzip.compress(nasty(random.Random(5), 3000).encode())}, None),
     ({'a.txt': 'one', 'b.txt': 'three', 'c.txt': 'the last'}, (['one', 'three', 'the las'], ['t'])),
-    ({'a.jsonl': '{"text": "a single row"}'}, (['a single ro'], ['w'])), ({'a.txt': 'aé'}, (['a'], ['é']))])
-def test_of_few_documents_the_end_is_for_validation(tmp_path, capsys, files, expect):
+    ({'a.jsonl': '{"text": "a single row"}'}, (['a single ro'], ['w'])), ({'a.txt': 'aé'}, (['a'], ['é'])),
+    ({f'{i}.txt': 'text ' * 20 for i in range(4)}, (['text ' * 20] * 3 + ['text ' * 12], ['text ' * 8])),
+    ({f'{i}.txt': str(i) for i in range(10, 20)}, ([str(i) for i in range(10, 19)], ['19']))])
+def test_of_few_documents_the_end_is_for_validation(tmp_path, monkeypatch, capsys, files, expect):
+    monkeypatch.setattr(prepare_data, 'BATCH', 300)
+    monkeypatch.setattr(prepare_data, 'split_of', lambda text, val_fraction: 0)
     write_files(tmp_path / 'in', files)
-    meta = prepare_data.prepare([tmp_path / 'in'], tmp_path / 'out', val_fraction=0.1)
-    train, val = (split_texts(tmp_path / 'out', s) for s in ('train', 'val'))
-    assert 'for validation' in capsys.readouterr().out and meta['train']['documents'] == len(train)
-    if expect:
-        assert (train, val) == expect
-    else:
-        text = gzip.decompress(files['x.txt.gz']).decode()
-        assert train[0] + val[0] == text and abs(len(val[0].encode()) - len(text.encode()) / 10) < 5
+    prepare_data.prepare([tmp_path / 'in'], tmp_path / 'out', val_fraction=0.1)
+    assert split_texts(tmp_path / 'out') == list(expect) and 'for validation' in capsys.readouterr().out
 
 
-def test_shards_join_to_the_same_tokens(tmp_path, capsys):
-    for i in range(7):
-        write_jsonl(tmp_path / f'{i}.jsonl', some_texts(20, seed=i))
-    tokenizer = write_ranks(tmp_path / 't.tiktoken', small_ranks())
-    sources, kw = [tmp_path / '*.jsonl'], dict(tokenizer=tokenizer, val_fraction=0.2)
-    prepare_data.prepare(sources, tmp_path / 'whole', **kw, workers=1)
-    prepare_data.prepare(sources, tmp_path / 'small', **kw, shard_tokens=1000, workers=2)
-    for i in (2, 0, 1):
-        assert not (tmp_path / 'jobs' / 'meta.json').exists()
-        prepare_data.prepare(sources, tmp_path / 'jobs', **kw, shard=f'{i}/3', shard_tokens=1000)
-        assert ('all 3 shards are there' if i == 1 else 'still to come') in capsys.readouterr().out
-    metas = [json.loads((tmp_path / n / 'meta.json').read_text()) for n in ('whole', 'small', 'jobs')]
-    assert len(metas[1]['train']['files']) > 5 and all(f['tokens'] == 1000 for f in metas[1]['train']['files'][:-1])
-    for split in ('train', 'val'):
-        want = split_tokens(tmp_path / 'whole', split)
-        assert want == split_tokens(tmp_path / 'small', split) == split_tokens(tmp_path / 'jobs', split)
-        assert split_texts(tmp_path / 'jobs', split) == split_texts(tmp_path / 'whole', split)
-    assert all({**m, 'train': 0, 'val': 0} == {**metas[0], 'train': 0, 'val': 0} for m in metas)
-    # fewer files another time: those of before go, others stay
-    write_files(tmp_path / 'small', {'training.bin': 'not ours'})
-    prepare_data.prepare(sources, tmp_path / 'small', **kw)
-    names = sorted(p.name for p in (tmp_path / 'small').iterdir())
-    assert names == ['meta.json', 'tokenizer.tiktoken', 'train.bin', 'training.bin', 'val.bin']
-    again = lambda: prepare_data.prepare(sources, tmp_path / 'jobs', 'bytes', shard='1/3')  # noqa: E731
-    refuses(again, 'shard_00000_of_00003, shard_00002_of_00003')
-    (tmp_path / 'jobs' / 'shard_00000_of_00003' / 'meta.json').write_text('{}')
-    refuses(again, 'shard_00000_of_00003')
-
-
-KILLED = '''
+KILLED = """
 import os, signal, sys, prepare_data as p
 p.LONGEST, p.BATCH, p.SAVE_EVERY, left = 3000, 3000, 0, int(sys.argv[1])
 def dies(f):
     def call(*a):
         global left
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        left -= 1
+        if a[-1] != 'rb':  # not reading
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
         return f(*a)
     return call
-os.replace, p.TokenFiles.write = dies(os.replace), dies(p.TokenFiles.write)
-p.prepare(sys.argv[4:], sys.argv[2], sys.argv[3], val_fraction=0.3, shard_tokens=1000)
-'''
+os.replace, p.open = dies(os.replace), dies(open)
+p.prepare(sys.argv[5:], sys.argv[2], sys.argv[3], float(sys.argv[4]))
+"""
 
 
-@pytest.mark.parametrize('few', [False, True])
-def test_killed_preparation_continues(tmp_path, monkeypatch, few):
+@pytest.mark.parametrize('val_fraction', [0.3, 0.001])  # with the second the hashes put all documents into one split
+def test_killed_preparation_continues(tmp_path, monkeypatch, val_fraction):
     """kill -9 between any two steps of writing: a meta.json is always true, and the same command continues."""
-    tokenizer = write_ranks(tmp_path / 't.tiktoken', small_ranks())
-    texts = [nasty(random.Random(6), 9000), nasty(random.Random(7), 30_000)]
-    for i in range(0 if few else 4):
-        write_jsonl(tmp_path / f'{i}.jsonl', some_texts(25, seed=i))
-    write_files(tmp_path, {'8.txt': texts[0], '9.txt': texts[1]})
-    sources = [str(tmp_path / '9.txt')] if few else [str(tmp_path / '*.jsonl'), str(tmp_path / '[89].txt')]
+    write_ranks(tmp_path / 't.tiktoken', small_ranks())
+    args = [str(tmp_path / 't.tiktoken'), val_fraction]
+    write_files(tmp_path, {'8.txt': nasty(random.Random(6), 9000), 'a': 'of another time', 'b': 'and of another'})
+    sources = [str(write_jsonl(tmp_path / f'{i}.jsonl', some_texts(25, seed=i))) for i in range(4)]
+    sources.append(str(tmp_path / '8.txt'))
+    batches, encode_all = [], prepare_data.encode_all
     monkeypatch.setattr(prepare_data, 'LONGEST', 3000)
     monkeypatch.setattr(prepare_data, 'BATCH', 3000)
-    batches, encode_all = [], prepare_data.encode_all
     monkeypatch.setattr(prepare_data, 'encode_all', lambda *a: (batches.append(1) or x for x in encode_all(*a)))
-    kw = dict(tokenizer=str(tokenizer), val_fraction=0.3, shard_tokens=1000)
-    prepare_data.prepare(sources, tmp_path / 'whole', **kw)
-    want, all_batches = {p.name: p.read_bytes() for p in (tmp_path / 'whole').iterdir()}, len(batches)
-    assert all_batches > 5 and len(want) > 5
-    steps = 3 * all_batches  # two writes and one progress file a batch, then the renames
-    write_files(tmp_path, {'other.text': 'of another time'})
-    prepare_data.prepare([tmp_path / 'other.text'], tmp_path / 'other')
-    for left in (0, 10, steps // 2 + 1, steps - 1, steps, steps + 3, steps + len(want) - 1):
-        out = shutil.copytree(tmp_path / 'other', tmp_path / f'killed{left}')
-        command = [sys.executable, '-c', KILLED, str(left), str(out), str(tokenizer), *sources]
-        done = subprocess.run(command, cwd=HERE, capture_output=True)
+    prepare_data.prepare(sources, tmp_path / 'whole', *args)
+    want, n = {p.name: p.read_bytes() for p in (tmp_path / 'whole').iterdir()}, len(batches)
+    steps = 3 + 3 * n  # the lock and two files; two writes and one progress file a batch; then the four renames
+    prepare_data.prepare([tmp_path / 'a'], tmp_path / 'other')
+
+    def killed(left, out, *sources):
+        command = [sys.executable, '-c', KILLED, left, out, *args, *sources]
+        done = subprocess.run([str(a) for a in command], cwd=HERE, capture_output=True)
         assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-        if left < steps:  # what was there before is whole
-            assert split_texts(out, 'train') + split_texts(out, 'val') == ['of another tim', 'e']
-        else:
-            assert not (out / 'meta.json').exists()
-        if left == steps - 1:  # another preparation, killed too, writes over what was there
-            write_files(tmp_path, {'0.text': nasty(random.Random(8), 9000)})
-            subprocess.run([*command[:3], '2', *command[4:6], str(tmp_path / '0.text')], cwd=HERE, capture_output=True)
+    for left in (0, 10, steps // 2 + 1, steps - 1, steps, steps + len(want) - 1):
+        out = shutil.copytree(tmp_path / 'other', tmp_path / f'killed{left}')
+        killed(left, out, *sources)
+        if left <= steps:  # what was there before is whole, but that its meta.json is the first to go
+            assert (out / 'meta.json').exists() == (left < steps)
+            assert {p.name for p in out.iterdir()} >= {'train.bin', 'val.bin'}
+            assert (out / 'train.bin').read_bytes() == (tmp_path / 'other' / 'train.bin').read_bytes()
+        if left == steps - 1:  # another preparation, killed too, writes over the unfinished files
+            killed(5, out, tmp_path / 'b')
         batches.clear()
-        prepare_data.prepare(sources, out, **kw)
+        prepare_data.prepare(sources, out, *args)
         assert {p.name: p.read_bytes() for p in out.iterdir()} == want
-        if 10 <= left < steps - 1 and not few:
-            assert len(batches) <= all_batches - left // 3 + 1
+        assert left < 10 or left >= steps - 1 or len(batches) <= n - (left - 3) // 3 + 1 < n
 
 
 def archive(form):
-    """The bytes of an archive of text files."""
-    file, text = io.BytesIO(), b'a text file\n' * 300
-    if form == 'zip':
-        with zipfile.ZipFile(file, 'w') as z:
-            z.writestr('a.txt', text)
-    else:
-        with tarfile.open(fileobj=file, mode=form) as tar:
-            info = tarfile.TarInfo('a.txt')
-            info.size = len(text)
-            tar.addfile(info, io.BytesIO(text))
-    return file.getvalue()
+    """The bytes of an archive of a text file."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = write_files(Path(folder) / 'in', {'a.txt': 'a text file\n' * 300})
+        return Path(shutil.make_archive(f'{folder}/x', form, source)).read_bytes()
 
 
-BAD = [
+@pytest.mark.parametrize('name, data, kw, words', [
     ('x', b'good \xff bad', {}, 'x is not text in UTF-8'), ('x', 'ends é'.encode()[:-1], {}, 'UTF-8'),
-    ('x', b'', {}, 'no text in'), ('x', b'\xef\xbb\xbf', {}, 'no text in'), ('x', 'text'.encode('utf-16'), {}, 'UTF-8'),
-    ('x.tar', archive('w:'), {}, 'unpack an archive'), ('x.tar.gz', archive('w:gz'), {}, 'unpack an archive'),
-    ('x.tbz', archive('w:bz2'), {}, 'unpack an archive'), ('x.zip', archive('zip'), {}, 'unpack an archive'),
+    ('x', b'', {}, 'too little text'), ('x', b'\xef\xbb\xbf', {}, 'too little text'),
+    ('x', 'text'.encode('utf-16'), {}, 'UTF-8'), ('x', b'a', {}, 'too little text'),
+    ('x.tar', archive('tar'), {}, 'unpack an archive'), ('x.tar.gz', archive('gztar'), {}, 'unpack an archive'),
+    ('x.tbz', archive('bztar'), {}, 'unpack an archive'), ('x.zip', archive('zip'), {}, 'unpack an archive'),
     ('x.gz', b'not packed', {}, 'x.gz cannot be read'), ('x.gz', gzip.compress(b'text')[:-9], {}, 'cannot be read'),
     ('x.jsonl', b'{"text": "a"}\n{"text": "b"\n', {}, 'x.jsonl, line 2 is not an object with a string "text"'),
-    ('x.jsonl', b'{"txt": "a"}\n', {}, 'line 1 is not'), ('x.jsonl', b'\xff\n', {}, 'line 1 is not'),
-    ('x.jsonl', b'["text"]\n', {}, 'line 1 is not'), ('x.jsonl', b'{"text": 5}', {}, 'line 1 is not'),
-    ('x.jsonl', b'[' * 100_000, {}, 'line 1 is not'), ('x.jsonl', b'\n\n', {}, 'no text in'),
-    ('x.jsonl', b'{"text": ""}\n', {}, 'no text in'), ('x', b'a', {}, 'too few for training and validation'),
+    *[('x.jsonl', line, {}, 'line 1 is not')
+      for line in (b'{"txt": "a"}\n', b'\xff\n', b'["text"]\n', b'{"text": 5}', b'[' * 100_000)],
+    ('x.jsonl', b'\n{"text": ""}\n', {}, 'too little text'),
     *[('x', b'text', dict(val_fraction=v), '--val_fraction must lie') for v in (0, 1.0, -1, float('nan'))],
-    *[('x', b'text', dict(shard=s), '--shard must be i/n') for s in ('1', '0/2', '1/1', '-1/1', '0/0', '9' * 5000)],
-    *[('x', b'text', dict(shard_tokens=s), '--shard_tokens must be') for s in (-1, 0.5, float('inf'), float('nan'))],
-    *[('x', b'text', dict(workers=w), '--workers must be') for w in (0, -1, 10**9)], ('', b'', {}, 'no files found'),
+    ('none*', None, {}, 'give files, folders, globs'),
     ('x', b'text', dict(tokenizer='gpt-2'), "unknown tokenizer 'gpt-2': give bytes, one of gpt2"),
-    ('x', b'text', dict(tokenizer='none.json'), 'no tokenizer file none.json')]
-
-
-@pytest.mark.parametrize('name, data, kw, words', BAD)
+    ('x', b'text', dict(tokenizer='none.json'), 'no tokenizer file none.json')])
 def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, name, data, kw, words):
-    write_files(tmp_path / 'in', {name: data} if name else {})
+    write_files(tmp_path / 'in', {name: data} if data is not None else {})
     sources, out = [tmp_path / 'in' / name], tmp_path / 'out'
     refuses(lambda: prepare_data.prepare(sources, out, **kw), words)
     assert not out.exists()
@@ -1560,68 +1369,37 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, name, data, kw, 
 
 @pytest.mark.parametrize('packing', ['.gz', '.zst'])
 def test_compressed_input_that_was_cut_off_is_refused(tmp_path, packing):
-    """Cut anywhere but at the border of two frames, or with a byte changed."""
-    if packing == '.zst':
-        pytest.importorskip('pyarrow')
+    """Cut anywhere but at the border of two frames, or with a byte changed, or with something behind it."""
     rows = ''.join(json.dumps({'text': f'text {i * 7919 % 10007}'}) + '\n' for i in range(2000)).encode()
     data = packed(rows, packing)
-    frames = [data]
-    if packing == '.zst':
-        compressor = pytest.importorskip('zstandard').ZstdCompressor(write_checksum=True)
-        frames = [compressor.compress(rows[:len(rows) // 2]), compressor.compress(rows[len(rows) // 2:])]
-        data = b''.join(frames)
-    damaged = [data[:n] for n in (5, len(data) // 3, len(frames[0]) + 3, len(data) - 1) if n < len(data)]
-    damaged += [data + b'garbage', data[:500] + bytes([data[500] ^ 255]) + data[501:]]
-    for i, part in enumerate(damaged):
-        write_files(tmp_path, {f'{i}.jsonl{packing}': part})
-        refuses(lambda: prepare_data.prepare([tmp_path / f'{i}.jsonl{packing}'], tmp_path / 'out'), f'{i}.jsonl')
-    write_files(tmp_path, {'whole.txt' + packing: frames[0]})
-    prepare_data.prepare([tmp_path / f'whole.txt{packing}'], tmp_path / 'out')
-    texts = [split_texts(tmp_path / 'out', split)[0] for split in ('train', 'val')]
-    assert ''.join(texts).encode() == rows[:len(rows) // len(frames)]
+    changed = data[:500] + bytes([data[500] ^ 255]) + data[501:]
+    for part in (data[:5], data[:len(data) // 3], data[:len(data) * 2 // 3], data[:-1], data + b'garbage', changed):
+        write_files(tmp_path, {f'x.jsonl{packing}': part})
+        refuses(lambda: prepare_data.prepare([tmp_path / f'x.jsonl{packing}'], tmp_path / 'out'), 'x.jsonl')
 
 
-def test_folder_with_names_and_files_that_are_no_text(tmp_path):
-    """Archives and a picture whose name is not UTF-8 are skipped and counted, whatever the output's encoding is."""
-    write_files(tmp_path / 'in', {f'{i}.txt': f'text {i} ' * 200 for i in range(40)})
-    write_files(tmp_path / 'in', {'x.tar': archive('w:'), 'x.tar.gz': archive('w:gz'), 'x.zip': archive('zip')})
-    try:
-        with open(os.fsencode(tmp_path / 'in') + b'/caf\xe9.png', 'wb') as f:
-            f.write(b'\x89PNG\0\xff')
-    except OSError:
-        pytest.skip('this file system has names in UTF-8 only')
-    command = [sys.executable, 'prepare_data.py', str(tmp_path / 'in'), '--out', str(tmp_path / 'out')]
-    env = {**os.environ, 'PYTHONIOENCODING': 'ascii:strict'}
-    done = subprocess.run([*command, '--val_fraction', '0.2'], cwd=HERE, capture_output=True, env=env)
-    assert done.returncode == 0 and b'skipped 4 files' in done.stdout, done.stderr.decode()
-    assert len(split_texts(tmp_path / 'out', 'train')) + len(split_texts(tmp_path / 'out', 'val')) == 40
+@pytest.mark.parametrize('source, module', [('x.zst', 'pyarrow'), ('x.parquet', 'pyarrow'), ('hf:x', 'datasets')])
+def test_a_missing_package_is_named(tmp_path, monkeypatch, source, module):
+    monkeypatch.chdir(write_files(tmp_path, {source: ''}))
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setitem(sys.modules, f'{module}.parquet', None)
+    refuses(lambda: prepare_data.prepare([source], 'out'), f'pip install {module}')
 
 
-def test_what_is_missing_is_named(tmp_path, monkeypatch):
-    prepare, out = prepare_data.prepare, tmp_path / 'out'
-    refuses(lambda: prepare([tmp_path / 'no*'], out), 'give files, folders, globs')
-    for name, module in (('x.zst', 'pyarrow'), ('x.parquet', 'pyarrow'), ('hf:x', 'datasets')):
-        monkeypatch.setitem(sys.modules, module, None)
-        monkeypatch.setitem(sys.modules, f'{module}.parquet', None)
-        (tmp_path / name).write_bytes(b'')
-        refuses(lambda: prepare([name if module == 'datasets' else tmp_path / name], out), f'pip install {module}')
-    write_files(tmp_path, {'x.txt': 'some text', 'file': ''})
-    refuses(lambda: prepare([tmp_path / 'x.txt'], tmp_path / 'file'), 'cannot be made a folder')
-    with monkeypatch.context() as m:
-        m.setattr(prepare_data.urllib.request, 'urlopen', fails(urllib.error.URLError('no network')))
-        refuses(lambda: prepare(['shakespeare'], out), 'could not be downloaded')
-        assert not out.exists()
-        m.setattr(prepare_data.urllib.request, 'urlopen', lambda url, timeout: io.BytesIO(b'To be, or not to be'))
-        prepare(['shakespeare'], out)
-        assert split_texts(out, 'train') == ['To be, or not to b'] and (out / 'input.txt').is_file()
-    with monkeypatch.context() as m:
-        m.setattr(tiktoken, 'get_encoding', fails(ConnectionError()))
-        refuses(lambda: prepare([tmp_path / 'x.txt'], out, 'gpt2'), 'could not download gpt2 (ConnectionError)')
-    with monkeypatch.context() as m:
-        m.setattr(prepare_data.TokenFiles, 'write', fails(OSError(28, 'No space left on device')))
-        with pytest.raises(OSError):
-            prepare([tmp_path / 'x.txt'], tmp_path / 'out2')
-        assert not (tmp_path / 'out2').exists()
+def test_without_a_network_or_a_disk(tmp_path, monkeypatch):
+    prepare, out, text = prepare_data.prepare, tmp_path / 'out', write_files(tmp_path / 'in', {'x.txt': 'some text'})
+    download = b'To be, or not to be'
+    monkeypatch.setattr(prepare_data.urllib.request, 'urlopen', lambda url, timeout: io.BytesIO(download))
+    prepare(['shakespeare'], tmp_path / 'data')
+    assert split_texts(tmp_path / 'data') == [['To be, or not to b'], ['e']]
+    monkeypatch.setattr(prepare_data.urllib.request, 'urlopen', fails(urllib.error.URLError('no network')))
+    refuses(lambda: prepare(['shakespeare'], out), 'could not be downloaded')
+    monkeypatch.setattr(tiktoken, 'get_encoding', fails(ConnectionError()))
+    refuses(lambda: prepare([text], out, 'gpt2'), 'could not download gpt2 (ConnectionError)')
+    monkeypatch.setattr(prepare_data, 'encode_all', fails(OSError(28, 'No space left on device')))
+    with pytest.raises(OSError, match='No space'):
+        prepare([text], out)
+    assert not out.exists()
 
 
 def test_data_and_its_tokenizer_belong_together(tmp_path):
@@ -1636,33 +1414,17 @@ def test_data_and_its_tokenizer_belong_together(tmp_path):
     assert prepare_data.load_tokenizer(meta, out).encode_ordinary(' the') == [258]
     prepare_data.prepare([tmp_path / 'x.txt'], out, out / 'tokenizer.tiktoken')  # its own copy
     write_ranks(out / 'tokenizer.tiktoken', {t: i for t, i in small_ranks().items() if i < 260})
-    refuses(lambda: prepare_data.load_tokenizer(meta, out), 'is not the one')
+    other = {'tokenizer': 'bytes', 'tokenizer_sha256': '0'}
+    for data, words in ((meta, 'not the one'), (other, 'not the one'), ({}, 'meta'), ({'tokenizer': 'bytes'}, 'meta')):
+        refuses(lambda: prepare_data.load_tokenizer(data, out), words)
     (out / 'tokenizer.tiktoken').unlink()
     refuses(lambda: prepare_data.load_tokenizer(meta, out), 'no tokenizer file')
-    meta = prepare_data.prepare([tmp_path / 'x.txt'], tmp_path / 'bytes')
-    refuses(lambda: prepare_data.load_tokenizer({**meta, 'tokenizer_sha256': '0'}), 'is not the one')
-    for part in ({}, {'tokenizer': 'bytes'}, {'tokenizer_sha256': '0'}):
-        refuses(lambda: prepare_data.load_tokenizer(part, out), 'meta.json')
-
-
-@pytest.mark.parametrize('args, out', [
-    ((), 'stdlib'), (('shakespeare',), 'shakespeare'), (('a/my.corpus.jsonl.gz', 'b'), 'my'),
-    (('corpus/*.txt',), 'corpus'), (('hf:org/set:en',), 'set'), (('~/.notes/',), 'notes')])
-def test_prepare_command_line(monkeypatch, args, out):
-    called = []
-    monkeypatch.setattr(prepare_data, 'prepare', lambda *a: called.append(a))
-    prepare_data.main([*args])
-    flags = '--out o --tokenizer t --val_fraction 0.1 --shard_tokens 1e9 --shard 1/2 --workers 3'
-    prepare_data.main([*args, *flags.split()])
-    sources = list(args) or ['stdlib']
-    assert called == [(sources, f'data/{out}', 'bytes', 0.02, 0, None, None), (sources, 'o', 't', 0.1, 1e9, '1/2', 3)]
 
 
 def test_standard_library_is_the_default(tmp_path):
     meta = prepare_data.prepare(out=tmp_path / 'out')
-    assert meta['source'] == ['stdlib'] and meta['train']['documents'] > 300
-    assert meta['train']['bytes'] > 5e6 and meta['val']['documents'] > 3
-    assert any('import ' in t for t in split_texts(tmp_path / 'out', 'val'))
+    assert meta['source'] == ['stdlib'] and meta['train']['documents'] > 300 and meta['train']['tokens'] > 5e6
+    assert meta['val']['documents'] > 3 and any('import ' in t for t in split_texts(tmp_path / 'out')[1])
 
 
 # train.py
@@ -1670,24 +1432,24 @@ def test_standard_library_is_the_default(tmp_path):
 # a run of 20 steps: 0 .. 5 without gates, 6 .. 10 gates alone, then everything
 TINY = dict(objective='paper', block_size=16, n_layer=1, n_head=2, n_embd=16, n_iter=3, tau=0.978, batch_size=2,
             gradient_accumulation_steps=4, max_steps=20, learning_rate=6e-3, warmup=3, ponder_start=6, ponder_full=12,
-            freeze_backbone=5, k_max=0.3, eval_interval=8, eval_tokens=200, ckpt_interval=5, log_interval=1,
+            freeze_backbone=5, k_max=0.3, eval_interval=8, eval_tokens=210, ckpt_interval=5, log_interval=1,
             sample_tokens=0, device='cpu')
+SAVING = dict(objective='saving', tau=0.49, gate_bias=0.0, explore=0.2, k_max=0.5, freeze_backbone=3)
 
 
-def write_data(folder, vocab_size=257, train=(2000, 1500), val=(900,), **kw):
+def write_data(folder, val=900, **kw):
     """A data folder as prepare_data.py writes it: a noisy sequence over 61 bytes. kw: other values of meta.json."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     sha256 = '668761b340232a7197aeecd0008527936c5ef98045c844360174691f4216e5ec'
-    meta = dict(adaponder_data=1, tokenizer='bytes', tokenizer_sha256=sha256, vocab_size=vocab_size, eot=256,
-                dtype='uint16', source=[])
-    for split, lengths in dict(train=train, val=val).items():
-        files = []
+    meta = dict(adaponder_data=1, tokenizer='bytes', tokenizer_sha256=sha256, vocab_size=257, eot=256, dtype='uint16')
+    for split, lengths in dict(train=(2000, 1500), val=(val,)).items():
+        meta[split] = dict(tokens=sum(lengths), files=[])
         for i, n in enumerate(lengths):
             data = (np.arange(n) * 7 % 61 + rng.integers(0, 3, n)).astype('uint16').tobytes()
             (folder / f'{split}_{i}.bin').write_bytes(data)
-            files.append(dict(name=f'{split}_{i}.bin', tokens=n, sha256=hashlib.sha256(data).hexdigest()))
-        meta[split] = dict(tokens=sum(lengths), files=files)
+            file = dict(name=f'{split}_{i}.bin', tokens=n, sha256=hashlib.sha256(data).hexdigest())
+            meta[split]['files'].append(file)
     (folder / 'meta.json').write_text(json.dumps({**meta, **kw}))
     return folder
 
@@ -1699,7 +1461,6 @@ def arguments(data_dir, out_dir, **kw):
 def run_train(data_dir, out_dir, at=None, **kw):
     """train.main in this process. at: fn(n, out), called after forward of micro-batch n. Returns the exit code."""
     forward, n = AdaPonderLM.forward, count()
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def counted(self, *args, **kwargs):
         out = forward(self, *args, **kwargs)
@@ -1708,24 +1469,26 @@ def run_train(data_dir, out_dir, at=None, **kw):
         return out
     torch.set_default_dtype(torch.float64)  # Adam makes full steps of float32's rounding where a gradient is zero
     try:
-        AdaPonderLM.forward = counted
-        train.main(arguments(data_dir, out_dir, **kw))
-        return 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(AdaPonderLM, 'forward', counted)
+            return train.main(arguments(data_dir, out_dir, **kw)) or 0
     except SystemExit as e:
         return e.code
-    except (ValueError, OSError) as e:
-        print(f'train.py: {e}', file=sys.stderr)
-        return 2
     finally:
-        AdaPonderLM.forward = forward
         torch.set_default_dtype(torch.float32)
-        for s, handler in handlers.items():
-            signal.signal(s, handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def stop_at(micro_batch, number=signal.SIGTERM):
     """For run_train: this process receives a signal at a micro-batch."""
     return lambda n, out: os.kill(os.getpid(), number) if n == micro_batch else None
+
+
+def refused(words, *args, **kw):
+    """run_train() raises an error that has these words in it."""
+    with pytest.raises((ValueError, OSError), match=re.escape(words)):
+        run_train(*args, **kw)
 
 
 def read_log(out_dir):
@@ -1734,15 +1497,16 @@ def read_log(out_dir):
     return [{k: v for k, v in r.items() if k != 'tokens_per_second'} for r in records]
 
 
-def tensors(state):
-    """Everything trained in a checkpoint: weights, and optimizer state by parameter."""
+def tensors(out_dir):
+    """Everything trained in a run's checkpoint: weights, and optimizer state by parameter."""
+    state = load_checkpoint(out_dir / 'ckpt.pt')
     optimizer = {f'{i}.{k}': v for i, s in state['optimizer']['state'].items() for k, v in s.items()}
     return {**state['model'], **optimizer, 'step': torch.tensor(state['step'])}
 
 
 def distance(out_a, out_b):
     """Largest difference between the checkpoints of two runs."""
-    a, b = (tensors(load_checkpoint(out / 'ckpt.pt')) for out in (out_a, out_b))
+    a, b = tensors(out_a), tensors(out_b)
     assert a.keys() == b.keys()
     return max(float((a[k].double() - b[k].double()).abs().max()) for k in a)
 
@@ -1753,6 +1517,10 @@ def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp('train')
     assert run_train(write_data(root / 'data'), root / 'out') == 0
     return root
+
+
+def read_windows(folder, split, seed=0):
+    return train.Windows(folder, train.load_meta(folder), split, 16, 257, seed)
 
 
 def test_the_loop_is_what_it_says(trained):
@@ -1794,14 +1562,13 @@ def test_the_loop_is_what_it_says(trained):
         assert all(np.isclose(steps[step][key], value, rtol=1e-6, atol=1e-12) for key, value in want.items())
         assert (gate_loss > 0) == (step > 6)
     assert max(float((p.detach() - state['model'][n]).abs().max()) for n, p in m.named_parameters()) < 1e-10
-    stats = steps[-1]  # and what the log says of the gates
-    for i in range(2):
+    for i in range(2):  # and what the log says of the gates
         g = out.gates[..., i][out.depth > i]
-        assert np.isclose(stats['gate_mean'][i], g.mean().item(), rtol=1e-6)
-        assert np.isclose(stats['gate_under_tau'][i], (g < 0.978).double().mean())
-    # the evaluation: 12 windows of 16, evenly spread over the 55 of val
+        assert np.isclose(steps[-1]['gate_mean'][i], g.mean().item(), rtol=1e-6)
+        assert np.isclose(steps[-1]['gate_under_tau'][i], (g < 0.978).double().mean())
+    # the evaluation: 13 windows of 16, evenly spread over the 55 of val
     val = np.fromfile(trained / 'data/val_0.bin', 'uint16').astype('int64')
-    x = torch.tensor(np.stack([val[w * 55 // 12 * 16:][:17] for w in range(12)]))
+    x = torch.tensor(np.stack([val[w * 55 // 13 * 16:][:17] for w in range(13)]))
     out, last = m(x[:, :-1], x[:, 1:]), log[-1]
     assert [r['step'] for r in log if 'val_loss' in r] == [8, 16, 20]
     assert abs(last['val_loss'] - out.ce_loss.item()) < 1e-10 and 1 < last['val_depth'] < 3
@@ -1813,12 +1580,8 @@ def test_the_loop_is_what_it_says(trained):
 
 
 def test_order_is_a_pure_function_without_repeats(trained):
-    meta = json.loads((trained / 'data/meta.json').read_text())
     tokens = np.concatenate([np.fromfile(trained / f'data/train_{i}.bin', 'uint16') for i in range(2)])
-
-    def windows(seed=1337):
-        return train.Windows(trained / 'data', meta, 'train', 16, 257, seed)
-    w, starts = windows(), []
+    w, starts = read_windows(trained / 'data', 'train', 1337), []
     w.batch = starts.extend  # instead of reading
     for i in range(200):
         w.train_batch(i, 5)
@@ -1826,17 +1589,11 @@ def test_order_is_a_pure_function_without_repeats(trained):
         targets = np.concatenate([np.arange(a + 1, a + 17) for a in starts[epoch * w.n:(epoch + 1) * w.n]])
         assert len(np.unique(targets)) == len(targets) == w.n * 16 and targets.max() < 3500 and w.n == 217
     assert starts[:w.n] != starts[w.n:2 * w.n]
-    one = [windows().train_batch(i, 4) for i in range(60)]  # each from a fresh start, over borders of files and epochs
-    x = windows()
+    one = [read_windows(trained / 'data', 'train', 1337).train_batch(i, 4) for i in range(60)]  # over borders of files
+    x = read_windows(trained / 'data', 'train', 1337)
     assert all(torch.equal(a, x.train_batch(i, 4)) for i, a in enumerate(one))
     assert all(x.tolist() == tokens[a:a + 17].tolist() for x, a in zip(torch.cat(one), starts))
-    assert not torch.equal(one[0], windows(seed=1).train_batch(0, 4))
-    for world in (2, 4):  # the processes share out what one process reads
-        ranks = [train.read_ahead(lambda n: windows().train_batch(n, 4), count(8 + r, world)) for r in range(world)]
-        for i in range(8, 24):
-            assert torch.equal(next(ranks[i % world]), one[i])
-        for r in ranks:
-            r.close()
+    assert not torch.equal(one[0], read_windows(trained / 'data', 'train', 1).train_batch(0, 4))
 
 
 def test_resume_is_exact_in_every_phase(trained, capsys):
@@ -1844,23 +1601,17 @@ def test_resume_is_exact_in_every_phase(trained, capsys):
     for stop, number in ((3, signal.SIGTERM), (8, signal.SIGINT), (15, signal.SIGTERM)):
         at = stop_at((stop - done) * 4 + 1, number)  # in the middle of a step
         assert run_train(trained / 'data', out, at) == 128 + number
-        assert f'stopped at step {stop}; the same command goes on from {out}' in capsys.readouterr().out
         done = load_checkpoint(out / 'ckpt.pt')['step']
-        assert done == stop
+        assert done == stop and f'stopped at step {stop}' in capsys.readouterr().out
         with open(out / 'log.jsonl', 'a') as f:  # what a kill may leave behind: steps after the checkpoint, a torn line
-            f.write(f'{{"step": {stop + 1}, "loss": 1.0}}\n{{"step": {stop}, "val_loss": 1.0}}\n{{"step": 9')
-    assert run_train(trained / 'data', out) == 0
-    assert f'going on from {out / "ckpt.pt"} at step 15' in capsys.readouterr().out
-    assert distance(out, trained / 'out') == 0 and read_log(out) == read_log(trained / 'out')
-    assert run_train(trained / 'data', out) == 0  # a finished run shows its result again
-    assert read_log(out) == read_log(trained / 'out')
-
-
-SAVING = dict(objective='saving', tau=0.49, gate_bias=0.0, explore=0.2, k_max=0.5, freeze_backbone=3)
+            f.write(f'{{"step": {stop + 1}, "loss": 1.0}}\n{{"step": 9')
+    for i in range(2):  # a finished run stays as it is
+        assert run_train(trained / 'data', out) == 0
+        assert distance(out, trained / 'out') == 0 and read_log(out) == read_log(trained / 'out')
 
 
 def test_savings_are_learned_alike_however_the_run_goes(trained, tmp_path, monkeypatch):
-    """tau and the forced tokens follow their rules; dense, packed, remat, interrupted and two processes are one run."""
+    """tau and the forced tokens follow their rules; dense, packed, remat and interrupted are one run."""
     forced, halted, forward = [], [], AdaPonderLM.forward
 
     def recording(self, idx, *args, policy=None, **kw):
@@ -1892,38 +1643,6 @@ def test_savings_are_learned_alike_however_the_run_goes(trained, tmp_path, monke
     assert load_checkpoint(tmp_path / 'b/ckpt.pt')['config'] == state['config']
     assert run_train(trained / 'data', tmp_path / 'c', **SAVING, execution='packed', remat=True) == 0
     assert distance(tmp_path / 'a', tmp_path / 'c') < 1e-9
-    run_two(tmp_path, arguments(trained / 'data', tmp_path / 'd', **SAVING, execution='packed'))
-    assert distance(tmp_path / 'a', tmp_path / 'd') < 1e-9
-    assert [r['halted'] for r in read_log(tmp_path / 'd') if 'loss' in r] == pytest.approx([r['halted'] for r in log])
-
-
-def subprocess_env(**kw):
-    return {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(HERE), **{k: str(v) for k, v in kw.items()}}
-
-
-def run_two(folder, argv, code='', *options, **env):
-    """train.py in float64 under torchrun with two processes, after `code`. Returns what it printed."""
-    start = 'import os, signal, sys, torch, train\ntorch.set_default_dtype(torch.float64)\n'
-    (folder / 'run.py').write_text(f'{start}{code}\ntrain.main(sys.argv[1:])\n')
-    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', *options]
-    command = [*torchrun, folder / 'run.py', *argv]
-    done = subprocess.run(command, env=subprocess_env(**env), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_where_all_tokens_halt_gates_that_do_not_run_have_a_gradient_of_zero(trained, tmp_path):
-    """Two processes, of which one may reach a gate that the other does not, train as one; AdamW sees every gate."""
-    kw = dict(objective='saving', gate_bias=-3.0, tau=0.9, explore=0.0, k_max=1.0, ponder_start=0, ponder_full=1,
-              freeze_backbone=0, ponder_norm=True, execution='packed')
-    depths = []
-    assert run_train(trained / 'data', tmp_path / 'a', lambda n, out: depths.append(int(out.depth.max())), **kw) == 0
-    assert depths[0] == 3 and depths[10] == 1
-    run_two(tmp_path, arguments(trained / 'data', tmp_path / 'b', **kw))
-    assert distance(tmp_path / 'a', tmp_path / 'b') < 1e-9
-    state = load_checkpoint(tmp_path / 'a/ckpt.pt')
-    assert len(state['optimizer']['state']) == len(state['model'])
-    assert {int(s['step']) for s in state['optimizer']['state'].values()} == {20}
 
 
 def test_until_gates_act_a_network_with_them_is_the_one_without(trained, tmp_path):
@@ -1936,139 +1655,130 @@ def test_until_gates_act_a_network_with_them_is_the_one_without(trained, tmp_pat
     assert all(torch.equal(a['model'][n], p) for n, p in b['model'].items())
 
 
+def subprocess_env(**kw):
+    return {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(HERE), **{k: str(v) for k, v in kw.items()}}
+
+
 def test_kill_9_at_any_moment(trained, tmp_path):
     """Killed again and again while it saves every step, the run ends with the weights of the undisturbed one."""
     code = '''
-import json, os, random, signal, sys, time
+import os, random, signal, sys, time
 import torch._dynamo, train  # the optimizer imports it, slowly: once here, not after every fork
 out, argv = sys.argv[1], sys.argv[2:]
 torch.set_num_threads(1)
 torch.set_default_dtype(torch.float64)
 random.seed(0)
-seen = []
-while not seen or seen[-1] < 20:
-    pid = os.fork()
+when = lambda: os.stat(out).st_mtime_ns if os.path.exists(out) else 0
+for kills in range(6):
+    old, pid = when(), os.fork()
     if not pid:
-        sys.stdout = sys.stderr
         train.main(argv)
         os._exit(0)
-    old = os.stat(out).st_mtime_ns if seen else None
-    while len(seen) < 5 and (os.stat(out).st_mtime_ns if os.path.exists(out) else None) == old:
+    while kills < 5 and when() == old:
         time.sleep(0.005)
-    if len(seen) < 5:  # it has come past the last checkpoint: strike
+    if kills < 5:  # it has come past the last checkpoint: strike
         time.sleep(random.random() * 0.05)
         os.kill(pid, signal.SIGKILL)
-    status = os.waitpid(pid, 0)[1]
-    seen.append(train.load_checkpoint(out)['step'])
-print(json.dumps(seen))
+    os.waitpid(pid, 0)
+    print('seen', train.load_checkpoint(out)['step'], flush=True)
 '''
     argv = arguments(trained / 'data', tmp_path, ckpt_interval=1)
     done = subprocess.run([sys.executable, '-c', code, tmp_path / 'ckpt.pt', *argv], env=subprocess_env(),
                           capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    seen = json.loads(done.stdout)
-    assert len(seen) > 2 and seen == sorted(seen) and seen[-1] == 20
+    seen = [int(step) for step in re.findall(r'seen (\d+)', done.stdout)]
+    assert len(seen) == 6 and seen == sorted(seen) and seen[1] < seen[-1] == 20, done.stderr
     assert distance(tmp_path, trained / 'out') == 0 and read_log(tmp_path) == read_log(trained / 'out')
-
-
-def test_torchrun_survives_a_killed_process(trained, tmp_path):
-    """Two processes, one of them killed in stage 2: torchrun starts them again, and they end where one process does."""
-    out = run_two(tmp_path, arguments(trained / 'data', tmp_path / 'out'), '''
-forward, n = train.AdaPonderLM.forward, 0
-def counted(self, *args, **kw):
-    global n
-    n += torch.is_grad_enabled()
-    if os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and n == 17:  # step 8, gates alone
-        os.kill(os.getpid(), signal.SIGKILL)
-    return forward(self, *args, **kw)
-train.AdaPonderLM.forward = counted''', '--max-restarts=1', TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1)
-    assert 'at step 5' in out and out.count('parameters, 128 tokens a step') == 2 and '2 processes' in out
-    assert distance(tmp_path / 'out', trained / 'out') < 1e-9
-    for a, b in zip(read_log(tmp_path / 'out'), read_log(trained / 'out'), strict=True):
-        keys = {'step', 'tokens', 'loss', 'gate_loss', 'depth', 'halted', 'grad_norm', 'val_loss', 'val_depth'}
-        assert a.keys() == b.keys() and all(np.allclose(a[k], b[k], rtol=1e-5) for k in keys & b.keys())
-
-
-def test_two_processes_agree(trained, tmp_path):
-    """Other data or config on one is refused, a NaN or SIGTERM on one is everyone's, ZeRO's checkpoint is AdamW's."""
-    code = '''
-import os, signal, sys
-import torch, torch.distributed as dist, train
-data, out, *rest = sys.argv[1:]
-ports, argv = [a for a in rest if a[:2] != '--'], [a for a in rest if a[:2] == '--']
-torch.set_default_dtype(torch.float64)
-rank, forward = int(os.environ['RANK']), train.AdaPonderLM.forward
-def run(hit, argv):
-    n = 0
-    def counted(self, *args, **kw):
-        nonlocal n
-        o = forward(self, *args, **kw)
-        n += torch.is_grad_enabled()
-        return hit(n, o) or o
-    train.AdaPonderLM.forward = counted
-    os.environ['MASTER_PORT'] = ports.pop()
-    try:
-        train.main(argv)
-        return 0
-    except train.UsageError as e:
-        print(e)
-        return 2 if not dist.is_initialized() else 'the group is alive'
-    except SystemExit as e:
-        return e.code if not dist.is_initialized() else 'the group is alive'
-def nan(n, o):
-    if rank == 1 and n == 8:
-        o.loss = o.loss * float('nan')
-def term(n, o):
-    if rank == 1 and n == 16:
-        os.kill(os.getpid(), signal.SIGTERM)
-codes = [run(lambda n, o: None, argv + [f'--out_dir={out}/a', f'--learning_rate={rank}.5']),
-         run(lambda n, o: None, argv + [f'--out_dir={out}/a', f'--data_dir=data'] + (os.chdir(f'{out}/{rank}') or [])),
-         run(nan, argv + [f'--out_dir={out}/nan', f'--data_dir={data}']),
-         run(term, argv + [f'--out_dir={out}/sharded', f'--data_dir={data}', '--shard_optimizer=True', '--remat=True'])]
-print('codes', codes)
-'''
-    for rank in range(2):
-        (tmp_path / str(rank)).mkdir()
-        write_data(tmp_path / f'{rank}/data', val=(900 + rank,))
-    argv = [trained / 'data', tmp_path, *(str(free_port()) for _ in range(4)), *arguments(trained / 'data', tmp_path)]
-    env = dict(WORLD_SIZE=2, LOCAL_WORLD_SIZE=2, MASTER_ADDR='127.0.0.1')
-    envs = [subprocess_env(RANK=r, LOCAL_RANK=r, **env) for r in range(2)]
-    ranks = [subprocess.Popen([sys.executable, '-c', code, *argv], env=env, text=True, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT) for env in envs]
-    try:
-        outs = [p.communicate(timeout=120)[0] for p in ranks]
-    finally:
-        for p in ranks:  # where one fails the other may wait for it
-            p.kill()
-    assert all('codes [2, 2, 0, 143]' in out for out in outs) and not any(p.returncode for p in ranks), '\n'.join(outs)
-    assert all(f'process 1 has another {what} than process 0' in outs[0] for what in ('config', 'meta.json'))
-    assert outs[0].count('step 3: the gradient is not finite') == 1
-
-    def nan_at_15(n, out):
-        out.loss = out.loss * (math.nan if n == 15 else 1)
-    assert run_train(trained / 'data', tmp_path / 'one', nan_at_15) == 0
-    assert distance(tmp_path / 'nan', tmp_path / 'one') < 1e-9
-    assert 'stopped at step 8' in outs[0] and load_checkpoint(tmp_path / 'sharded/ckpt.pt')['step'] == 8
-    assert run_train(trained / 'data', tmp_path / 'sharded') == 0
-    assert distance(tmp_path / 'sharded', trained / 'out') < 1e-9
 
 
 def free_port():
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
+        return str(s.getsockname()[1])
+
+
+def test_two_processes_are_one(trained, tmp_path):
+    """Under torchrun, which starts them again when one is killed, two processes train what one process does.
+
+    Other data or config on one is refused, a NaN or SIGTERM on one is everyone's, ZeRO's checkpoint is AdamW's.
+    Where all tokens halt, one process may reach a gate that the other does not: AdamW sees every gate, with gradient 0.
+    """
+    (tmp_path / 'run.py').write_text('''
+import json, os, signal, sys
+import torch, torch.distributed as dist, train
+torch.set_default_dtype(torch.float64)
+rank, forward, codes = os.environ['RANK'], train.AdaPonderLM.forward, []
+first = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'
+for port, what, argv in json.loads(sys.argv[1]):
+    n = 0
+    def counted(self, *args, **kw):
+        global n
+        n += torch.is_grad_enabled()
+        if rank == '1' and what == 'killed' and n == 17 and first:  # step 8, gates alone
+            os.kill(os.getpid(), signal.SIGKILL)
+        if rank == '1' and what == 'sharded' and n == 16:
+            os.kill(os.getpid(), signal.SIGTERM)
+        out = forward(self, *args, **kw)
+        if rank == '1' and what == 'nan' and n == 8:
+            out.loss = out.loss * float('nan')
+        return out
+    train.AdaPonderLM.forward = counted
+    if codes:  # torchrun's meeting point is good for one group
+        os.environ.update(MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE='False')
+    try:
+        codes.append(train.main([a.replace('RANK', rank) for a in argv]))
+    except train.UsageError as e:
+        print(e)
+        codes.append(2)
+    except SystemExit as e:
+        codes.append(e.code)
+    assert not dist.is_initialized()
+print('codes', codes)
+''')
+    for rank in range(2):
+        write_data(tmp_path / f'data{rank}', val=900 + rank)
+    idle = dict(objective='saving', gate_bias=-3.0, tau=0.9, explore=0.0, k_max=1.0, ponder_start=0, ponder_full=1,
+                freeze_backbone=0, ponder_norm=True, execution='packed')
+    runs = dict(killed={}, config=dict(learning_rate='RANK.5'), data=dict(data_dir=tmp_path / 'dataRANK'), nan={},
+                sharded=dict(shard_optimizer=True, remat=True), saving=dict(SAVING, execution='packed'), idle=idle)
+    runs = [(free_port(), name, arguments(**{'data_dir': trained / 'data', 'out_dir': tmp_path / name, **kw}))
+            for name, kw in runs.items()]
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max-restarts=1']
+    done = subprocess.run([*torchrun, tmp_path / 'run.py', json.dumps(runs)], text=True, capture_output=True,
+                          env=subprocess_env(TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1), timeout=240)
+    text = done.stdout
+    assert done.returncode == 0 and text.count('codes [None, 2, 2, None, 143, None, None]') == 2, text + done.stderr
+    assert all(f'not all processes have the same {what}' in text for what in ('config', 'meta.json'))
+    assert 'going on from' in text and text.count('step 3: the gradient is not finite') == 1
+
+    def nan_at_15(n, out):
+        out.loss = out.loss * (math.nan if n == 15 else 1)
+    depths = []
+    for name, at, kw in [('nan', nan_at_15, {}), ('saving', None, SAVING),
+                         ('idle', lambda n, out: depths.append(int(out.depth.max())), idle)]:
+        assert run_train(trained / 'data', tmp_path / f'one_{name}', at, **kw) == 0
+        assert distance(tmp_path / name, tmp_path / f'one_{name}') < 1e-9
+    state = load_checkpoint(tmp_path / 'idle/ckpt.pt')
+    assert depths[0] == 3 and depths[10] == 1 and len(state['optimizer']['state']) == len(state['model'])
+    assert {int(s['step']) for s in state['optimizer']['state'].values()} == {20}
+    assert load_checkpoint(tmp_path / 'sharded/ckpt.pt')['step'] == 8
+    assert run_train(trained / 'data', tmp_path / 'sharded') == 0  # goes on with AdamW, in one process
+    assert all(distance(tmp_path / name, trained / 'out') < 1e-9 for name in ('killed', 'sharded'))
+    for two, one in (('killed', trained / 'out'), ('saving', tmp_path / 'one_saving')):
+        for a, b in zip(read_log(tmp_path / two), read_log(one), strict=True):
+            keys = {'step', 'tokens', 'loss', 'gate_loss', 'depth', 'halted', 'grad_norm', 'val_loss', 'val_depth'}
+            assert a.keys() == b.keys() and all(np.allclose(a[k], b[k], rtol=1e-5) for k in keys & b.keys())
 
 
 def test_ten_bad_steps_give_up_with_the_last_good_checkpoint(trained, tmp_path, capsys):
     def at(n, out):
         if n == 30 or n >= 32:  # in step 7, then in all from 8 on
             out.loss = out.loss * (math.inf if n % 8 else math.nan)
-    assert run_train(trained / 'data', tmp_path, at, max_steps=40) == 1
+    assert run_train(trained / 'data', tmp_path, at) == 1
     text = capsys.readouterr().out
-    assert 'step 16: the gradient is not finite' in text and '(10 in a row)' in text and 'the last good state' in text
-    state = load_checkpoint(tmp_path / 'ckpt.pt')
-    assert state['step'] == 5 and all(t.isfinite().all() for t in tensors(state).values())
-    assert run_train(trained / 'data', tmp_path, max_steps=40) == 0  # and goes on from there
+    assert 'step 16: the gradient is not finite, step skipped (10 in a row)' in text and '(11' not in text
+    state = tensors(tmp_path)
+    assert state['step'] == 5 and all(t.isfinite().all() for t in state.values())
+    assert run_train(trained / 'data', tmp_path) == 0 and distance(tmp_path, trained / 'out') == 0  # it goes on
 
 
 def test_disk_full_costs_one_checkpoint(trained, tmp_path, capsys):
@@ -2076,74 +1786,48 @@ def test_disk_full_costs_one_checkpoint(trained, tmp_path, capsys):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def at(n, out):
-        if n == 24:  # from step 6 on no file may grow beyond a quarter of the checkpoint
+        if n in (24, 76):  # in steps 6 and 19: no file may grow beyond a quarter of the checkpoint
             resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / 'ckpt.pt').stat().st_size // 4, hard))
         if n == 48:
             assert not list(tmp_path.glob('*.tmp')) and load_checkpoint(tmp_path / 'ckpt.pt')['step'] == 5
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft if stays is None else stays, hard))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     try:
-        stays = None
-        assert run_train(trained / 'data', tmp_path, at) == 0
-        assert capsys.readouterr().out.count('checkpoint not written') == 1 and distance(tmp_path, trained / 'out') == 0
-        stays = (tmp_path / 'ckpt.pt').stat().st_size // 4
-        assert run_train(trained / 'data', tmp_path, at, resume=False) == 1  # the last one failed: not a success
-        assert load_checkpoint(tmp_path / 'ckpt.pt')['step'] == 5
+        assert run_train(trained / 'data', tmp_path, at) == 1  # the last one failed: not a success
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert capsys.readouterr().out.count('checkpoint not written') == 2
+    assert load_checkpoint(tmp_path / 'ckpt.pt')['step'] == 15
+    assert run_train(trained / 'data', tmp_path) == 0 and distance(tmp_path, trained / 'out') == 0
 
 
 @pytest.mark.parametrize('kw, words', [
     (dict(learning_rat=1), "did you mean 'learning_rate'?"), (dict(zzz=1), "unknown key 'zzz'"),
     (dict(lr=1), "'learning_rate'"), (dict(dataset='x'), "'data_dir'"), (dict(n_heads=1), "'n_head'"),
-    (dict(max_iters=1), "'max_steps'"), (dict(n_layer=1.5), 'n_layer must be int'), (dict(n_layer=True), 'must be int'),
-    (dict(out_dir=''), "out_dir must be str, not ''"),
-    (dict(halting=1), 'halting must be bool'), (dict(learning_rate='fast'), 'learning_rate must be float'),
-    (dict(max_steps='40%'), 'max_steps must be a number of steps'), (dict(max_steps='1e30'), 'max_steps must be'),
-    (dict(ponder_start='soon'), "not 'soon'"), (dict(ponder_start=0.4), "not '0.4'"),
-    (dict(ponder_start=-4), "not '-4'"),
-    (dict(dtype='float16'), 'dtype must be'), (dict(execution='auto'), 'execution must be'),
-    (dict(batch_size=0), 'batch_size must be from 1'), (dict(k_max=1.5), 'k_max must be from 0 to 1'),
-    (dict(explore=math.nan), 'explore must be'), (dict(seed=-1), 'seed must be'), (dict(seed=2 ** 40), 'seed must be'),
-    (dict(n_embd=10 ** 12), 'n_embd must be'), (dict(eval_tokens=-5), 'eval_tokens must be'),
-    (dict(gate_bias=math.inf), 'gate_bias must be'), (dict(ponder_full=5), 'ponder_full (step 5) lies before step 6'),
-    (dict(objective='saving', freeze_backbone=9), 'ponder_full (step 12) lies before step 15'),
-    (dict(n_embd=17), 'divisible by n_head'), (dict(objective='some'), 'objective must be'),
-    (dict(vocab_size=200), 'the data has 257 token ids'), (dict(block_size=600), 'val split of'),
-    (dict(init_from='nowhere.pt'), 'no checkpoint at nowhere.pt'),
-    (dict(data_dir='data/pile'), 'python prepare_data.py PATH ... --tokenizer TOKENIZER --out data/pile'),
+    (dict(n_layer=1.5), 'n_layer must be int'), (dict(halting=1), 'halting must'), (dict(out_dir=''), 'out_dir'),
+    (dict(learning_rate='fast'), 'learning_rate must be float'), (dict(max_steps='40%'), 'max_steps must'),
+    (dict(ponder_start='soon'), "not 'soon'"), (dict(warmup=-4), "not '-4'"), (dict(dtype='float16'), 'dtype must be'),
+    (dict(execution='auto'), 'execution'), (dict(batch_size=0), 'from 1'), (dict(k_max=1.5), 'from 0 to 1'),
+    (dict(explore=math.nan), 'explore'), (dict(seed=2 ** 40), 'seed'), (dict(n_embd=10 ** 12), 'n_embd'),
+    (dict(eval_tokens=-5), 'eval_tokens'), (dict(gate_bias=math.inf), 'gate_bias'), (dict(n_embd=17), 'divisible'),
+    (dict(ponder_full=5), 'ponder_full (step 5) lies before step 6'), (dict(vocab_size=200), '257 token ids'),
+    (dict(objective='saving', freeze_backbone=9), 'before step 15'), (dict(block_size=600), 'val split of'),
+    (dict(init_from='nowhere.pt'), 'no checkpoint at nowhere.pt'), (dict(data_dir='data/pile'), 'no data in data/pile'),
     (dict(data_dir='data/stdlib', init_from='EleutherAI/pythia-70m'), 'no data in data/stdlib'),
-    (dict(out_dir='a_file'), 'a_file cannot be made'), (dict(out_dir='a_file/run'), 'a_file/run cannot be made')])
-def test_train_refuses_nonsense(trained, tmp_path, capsys, monkeypatch, kw, words):
+    (dict(data_dir='out'), 'are both out'), (dict(out_dir='a_file'), 'a_file'), (dict(out_dir='a_file/run'), 'a_file')])
+def test_train_refuses_nonsense(trained, tmp_path, monkeypatch, kw, words):
     monkeypatch.chdir(tmp_path)
     Path('a_file').touch()
-    assert run_train(**{'data_dir': trained / 'data', 'out_dir': 'out', **kw}) == 2
-    assert words in capsys.readouterr().err
+    refused(words, **{'data_dir': trained / 'data', 'out_dir': 'out', **kw})
 
 
-def test_the_command_line_says_one_sentence(trained, tmp_path):
-    def run(*argv):
-        return subprocess.run([sys.executable, HERE / 'train.py', *argv], cwd=tmp_path, capture_output=True, text=True,
-                              env=subprocess_env(LC_ALL='POSIX', PYTHONUTF8=0, PYTHONCOERCECLOCALE=0))
-    (tmp_path / 'c.py').write_bytes('\ufeff# the \u201cbest\u201d run\nbatch_size = 10\nout_dir = "out"'.encode())
-    done = run('c.py', f'--data_dir={trained / "data"}', '--block_size=4000')
-    assert done.returncode == 2 and re.fullmatch('train.py: the train split of .*\n', done.stderr)
-    done = run('--help')
-    assert done.returncode == 0 and all(f'    {f.name}: ' in done.stdout for f in fields(train.TrainConfig))
-    assert all('# ' in line for line in done.stdout.splitlines() if re.match(r'    \w+: \w+', line))
-
-
-def test_config_files(tmp_path, monkeypatch):
-    monkeypatch.chdir(HERE)
-    for name, text, words in [('bad.py', 'max_steps = oops', "NameError: name 'oops'"),
-                              ('typo.py', 'max_step = 5', "unknown key 'max_step'.*typo.py, did you mean 'max_steps'"),
-                              ('range.py', 'tau = 2', 'tau must be from 0 to 1')]:
-        (tmp_path / name).write_text(text)
+def test_config_files(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for arg, text, words in [('bad.py', 'max_steps = oops', "name 'oops'"), ('bad.py', 'tau = 2', 'tau must be from 0'),
+                             ('bad.py', 'max_step = 5', "did you mean 'max_steps'"), ('huge.py', '', 'no config file'),
+                             ('--tau', '', '--tau has no value')]:
+        (tmp_path / 'bad.py').write_text(text)
         with pytest.raises(train.UsageError, match=words):
-            train.load_config([str(tmp_path / name)])
-    for argv, words in [(['config/huge.py'], 'no config file config/huge.py; there are config/continue_1.4b.py'),
-                        (['config/tiny.py', '--tau'], '--tau has no value')]:
-        with pytest.raises(train.UsageError, match=words):
-            train.load_config(argv)
+            train.load_config([arg])
     (tmp_path / 'good.py').write_text('import math\n_n = 3\ndef two(x):\n    return 2 * x\nn_iter = two(_n)\ntau = 0')
     monkeypatch.setenv('HOME', str(tmp_path))
     cfg = train.load_config(['~/good.py', '--learning_rate=1', '--max_steps=1e3', '--out_dir=7', '--halting=False'])
@@ -2151,59 +1835,57 @@ def test_config_files(tmp_path, monkeypatch):
     assert cfg.given == {'n_iter', 'tau', 'learning_rate', 'max_steps', 'out_dir', 'halting'}
     durations = {7: 7, '7': 7, '40%': 80, '1.5M tokens': 1500, '2K steps': 2000, '0.5%': 1, '1e3': 1000}
     assert [train.in_steps('x', d, 1000, 200) for d in durations] == list(durations.values())
+    with pytest.raises(SystemExit):
+        train.load_config(['--help'])
+    assert len(re.findall(r'^    \w+: .*# ', capsys.readouterr().out, re.M)) == len(fields(train.TrainConfig))
+    # the command, in a locale that is not UTF-8
+    (tmp_path / 'c.py').write_bytes('\ufeff# the \u201cbest\u201d run\nbatch_size = 10\nout_dir = "out"'.encode())
+    data = trained / 'data'
+    done = subprocess.run([sys.executable, HERE / 'train.py', 'c.py', f'--data_dir={data}', '--block_size=4000'],
+                          capture_output=True, text=True,
+                          env=subprocess_env(LC_ALL='POSIX', PYTHONUTF8=0, PYTHONCOERCECLOCALE=0))
+    assert done.returncode == 2 and re.fullmatch('train.py: the train split of .*\n', done.stderr)
 
 
-def test_train_refuses_bad_data(trained, tmp_path, capsys):
-    def change(folder):
-        with open(folder / 'train_1.bin', 'r+b') as f:
-            f.seek(100)
-            f.write(b'\1')
-
-    def lacks_key(folder):
-        meta = json.loads((folder / 'meta.json').read_text())
-        del meta['val']['files'][0]['sha256']
-        (folder / 'meta.json').write_text(json.dumps(meta))
-    def beyond(folder):
-        np.full(2000, 400, 'uint16').tofile(folder / 'train_0.bin')
-    cases = [(lambda folder: os.truncate(folder / 'train_1.bin', 1000), 'has not the 1500 tokens'),
-             (lambda folder: (folder / 'meta.json').write_text('{}'), 'meta.json was not written by prepare_data.py'),
-             (change, 'train_1.bin was changed: its sha256'), (lacks_key, "KeyError: 'sha256'"),
-             (beyond, 'holds token 400, beyond vocab_size 320')]
-    for i, (harm, words) in enumerate(cases):
-        harm(write_data(tmp_path / f'data{i}'))
-        assert run_train(tmp_path / f'data{i}', tmp_path / f'out{i}', verify_data=harm is change) == 2
-        assert words in capsys.readouterr().err
-    assert run_train(tmp_path / 'data0', tmp_path / 'data0') == 2 and 'are both' in capsys.readouterr().err
+def test_train_refuses_bad_data(trained, tmp_path):
+    meta = train.load_meta(trained / 'data')
+    del meta['val']['files'][0]['sha256']
+    cases = [('train_1.bin', bytes(2000), {}, 'has not the 1500 tokens'),
+             ('train_1.bin', bytes(3000), dict(verify_data=True), 'train_1.bin was changed: its sha256'),
+             ('train_0.bin', np.full(2000, 400, 'uint16').tobytes(), {}, 'holds token 400, beyond vocab_size 320'),
+             ('meta.json', b'{}', {}, 'meta.json was not written by prepare_data.py'),
+             ('meta.json', json.dumps(meta).encode(), {}, "KeyError: 'sha256'")]
+    for i, (name, content, kw, words) in enumerate(cases):
+        (write_data(tmp_path / f'data{i}') / name).write_bytes(content)
+        refused(words, tmp_path / f'data{i}', tmp_path / f'out{i}', **{'verify_data': False, **kw})
     held = train.lock(trained / 'out')
-    assert run_train(trained / 'data', trained / 'out') == 2 and 'is writing to' in capsys.readouterr().err
+    refused('is writing to', trained / 'data', trained / 'out')
     held.close()
 
 
 def test_a_config_changed_on_resume_acts_or_is_refused(trained, tmp_path, capsys):
     out = tmp_path / 'out'
     shutil.copytree(trained / 'out', out)
-    write_data(tmp_path / 'data', val=(901,))
+    write_data(tmp_path / 'data', val=901)
     for kw, words in [(dict(n_embd=32), 'other values of n_embd'), (dict(seed=1), 'of seed'), (dict(tau=0.5), 'of tau'),
                       (dict(batch_size=4), 'of batch_size'), (dict(data_dir=tmp_path / 'data'), 'the data in'),
-                      (dict(max_steps=40, ponder_start='90%', ponder_full='95%'), 'gates would act at another time')]:
-        assert run_train(**{'data_dir': trained / 'data', 'out_dir': out, **kw}) == 2
-        assert words in capsys.readouterr().err
+                      (dict(max_steps=40, ponder_start='90%', ponder_full='95%'), 'of ponder_start (6 steps, now 36)')]:
+        refused(words, **{'data_dir': trained / 'data', 'out_dir': out, **kw})
     kw = dict(max_steps=22, learning_rate=1e-3, weight_decay=0.5, beta2=0.5)
     assert run_train(trained / 'data', out, **kw) == 0
     text = capsys.readouterr().out
     assert 'max_steps = 20 -> 22' in text and 'weight_decay = 0.01 -> 0.5' in text and 'ponder_full' not in text
     state = load_checkpoint(out / 'ckpt.pt')
-    assert state['step'] == 22
     groups = state['optimizer']['param_groups']
     assert [(g['weight_decay'], g['betas']) for g in groups] == [(0.5, (0.9, 0.5)), (0, (0.9, 0.5))]
-    harmed = [({**state, 'config': {**state['config'], 'pool': 'all'}}, 'another version of this project'),
-              ({k: v for k, v in state.items() if k != 'optimizer'}, 'lacks optimizer')]
-    for broken, words in harmed:
+    assert {int(s['step']) for s in state['optimizer']['state'].values()} == {22 - 5, 22 - 6} and state['step'] == 22
+    for broken, words in [({**state, 'config': {**state['config'], 'pool': 'all'}}, 'another version of this project'),
+                          ({k: v for k, v in state.items() if k != 'optimizer'}, 'lacks optimizer')]:
         torch.save(broken, out / 'ckpt.pt')
-        assert run_train(trained / 'data', out) == 2 and words in capsys.readouterr().err
+        refused(words, trained / 'data', out)
     (out / 'ckpt.pt').write_bytes(b'junk')
-    assert run_train(trained / 'data', out) == 2 and 'not a readable checkpoint' in capsys.readouterr().err
-    assert run_train(trained / 'data', out, resume=False, max_steps=1) == 0 and len(read_log(out)) == 2
+    refused('not a readable checkpoint', trained / 'data', out)
+    assert run_train(trained / 'data', out, resume=False, max_steps=1) == 0 and len(read_log(out)) == 1
 
 
 def test_grad_clip_0_is_no_clipping(trained, tmp_path):
@@ -2213,8 +1895,7 @@ def test_grad_clip_0_is_no_clipping(trained, tmp_path):
 
 
 def test_early_ce_is_the_weight_of_the_iterations_before_the_last(trained, tmp_path):
-    meta, losses = json.loads((trained / 'data/meta.json').read_text()), []
-    windows = train.Windows(trained / 'data', meta, 'train', 16, 257, 1337)
+    windows, losses = read_windows(trained / 'data', 'train', 1337), []
 
     def at(n, out):
         targets = windows.train_batch(n, 2)[:, 1:].flatten()
@@ -2231,50 +1912,45 @@ def test_wandb_goes_on_in_the_same_run(trained, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'wandb', stub)
     for max_steps in (2, 4):
         assert run_train(trained / 'data', tmp_path, max_steps=max_steps, wandb_log=True) == 0
-    assert [(c['id'], c['resume']) for c in calls] == [(None, None), ('abc', 'allow')] and logged == [1, 2, 2, 3, 4, 4]
+    assert [(c['id'], c['resume']) for c in calls] == [(None, None), ('abc', 'allow')] and logged == [1, 2, 3, 4]
 
 
 def test_baselines_and_closing_sample(trained, tmp_path, capsys, monkeypatch):
     short = dict(max_steps=2, ponder_start=1, freeze_backbone=0, sample_tokens=5)
-    for kw, depth in [(dict(n_iter=1), 1), (dict(halting=False), 3), (dict(feedback='hidden'), None),
-                      (dict(remat=True, dtype='bfloat16'), None)]:
+    for kw, depth in [(dict(n_iter=1), 1), (dict(halting=False), 3), (dict(feedback='hidden', dtype='bfloat16'), None)]:
         assert run_train(trained / 'data', tmp_path / 'out', resume=False, **short, **kw) == 0
-        text, last = capsys.readouterr().out, read_log(tmp_path / 'out')[-1]
+        last = read_log(tmp_path / 'out')[-1]
         assert depth is None or (last['val_depth'], last['val_flops_saved']) == (depth, 0)
-        assert f'python sample.py --ckpt {tmp_path}/out/ckpt.pt --depth' in text
-        sample = text.split('--depth')[1].strip()
+        sample = capsys.readouterr().out.split('ckpt.pt --depth')[1].strip()
         assert '|' in sample and all(c.isprintable() or c in '\n\t' for c in sample)
     model = AdaPonderLM.from_checkpoint(tmp_path / 'out/ckpt.pt')
     new = torch.tensor([[65, 300, 7, 256, 66]])  # A, a padding token, a control byte, the end of the document, B
     model.generate = lambda idx, *args, **kw: torch.cat([idx, new], dim=1)
     monkeypatch.setattr(AdaPonderLM, 'from_state', lambda state: model)
-    meta = json.loads((trained / 'data/meta.json').read_text())
-    val = train.Windows(trained / 'data', meta, 'val', 16, 257)
+    val, meta = read_windows(trained / 'data', 'val'), train.load_meta(trained / 'data')
     assert train.closing_sample(model, train.TrainConfig(block_size=4), val, meta, trained / 'data').endswith('|A\\x07')
 
 
-def test_starting_from_trained_weights(trained, tmp_path, capsys):
+def test_starting_from_trained_weights(trained, tmp_path):
     """Weights bring their settings, flags win; what does not fit, another tokenizer included, is refused."""
-    short = dict(max_steps=2, ponder_start=1, freeze_backbone=0)
-    argv = arguments(trained / 'data', tmp_path / 'new', init_from=trained / 'out/ckpt.pt', **short)
-    argv = [a for a in argv if not a.startswith(('--objective', '--n_', '--tau'))]  # else these would win
-
-    def run(*more):
-        train.main(argv + ['--resume=False', *more])
+    def run(data=trained / 'data', **more):
+        argv = arguments(data, tmp_path / 'new', init_from=trained / 'out/ckpt.pt', resume=False, max_steps=1)
+        argv = [a for a in argv if not a.startswith(('--objective', '--n_', '--tau'))]  # else these would win
+        train.main(argv + [f'--{k}={v}' for k, v in more.items()])
         return load_checkpoint(tmp_path / 'new/ckpt.pt')
-    before = load_checkpoint(trained / 'out/ckpt.pt')
-    after = run('--learning_rate=0')
+    before, after = load_checkpoint(trained / 'out/ckpt.pt'), run(learning_rate=0)
     assert after['config'] == before['config'] and after['config']['objective'] == 'paper'
     assert all(torch.equal(p.float(), before['model'][n].float()) for n, p in after['model'].items())
-    after = run('--n_iter=2', '--objective=saving', '--ponder_norm=True')
-    assert after['config'] == {**before['config'], **dict(n_iter=2, objective='saving', ponder_norm=True)}
+    more = dict(n_iter=2, objective='saving', ponder_norm=True)
+    after = run(**more)
+    assert after['config'] == {**before['config'], **more}
     assert {n for n in after['model'] if n.endswith('fc.weight') or 'ponder' in n} == {
         'blocks.0.mlp.fc.weight', 'gates.0.fc.weight', 'ln_ponder.weight', 'ln_ponder.bias'}
     other = write_data(tmp_path / 'other', tokenizer_sha256='0' * 64)
-    for more, words in [('--gate_width=1', 'gate_width is 1.0, but 4.0'), ('--n_embd=32', 'n_embd is 32, but 16'),
-                        (f'--data_dir={other}', 'another tokenizer .* prepare_data.py PATH ... --tokenizer bytes')]:
+    for more, words in [(dict(gate_width=1), 'gate_width is 1.0, but 4.0'), (dict(n_embd=32), 'n_embd is 32, but 16'),
+                        (dict(data=other), 'another tokenizer .* --tokenizer bytes')]:
         with pytest.raises(train.UsageError, match=words):
-            run(more)
+            run(**more)
 
 
 def test_starting_from_a_hugging_face_folder(trained, tmp_path):
@@ -2288,10 +1964,8 @@ def test_starting_from_a_hugging_face_folder(trained, tmp_path):
     assert same == {'embed', 'blocks', 'ln_f', 'unembed'}  # the gates alone moved
     assert m.cfg.block_size == 32 and not m.cfg.scale_embeds
     m.save_pretrained(tmp_path / 'own')  # with its gates and settings, and the tokenizer that it was trained with
-    cfg = train.load_config([f'--init_from={tmp_path / "own"}', '--tau=0.25'])
-    meta = json.loads((trained / 'data/meta.json').read_text())
-    again = train.initial_model(cfg, meta)
-    assert again.cfg == dataclasses.replace(m.cfg, tau=0.25)
+    cfg, meta = train.load_config([f'--init_from={tmp_path / "own"}', '--tau=0.25']), train.load_meta(trained / 'data')
+    assert train.initial_model(cfg, meta).cfg == dataclasses.replace(m.cfg, tau=0.25)
     with pytest.raises(train.UsageError, match='another tokenizer'):
         train.initial_model(cfg, {**meta, 'tokenizer_sha256': '0' * 64})
     (tmp_path / 'hf/tokenizer.json').write_text('{}')
@@ -2303,31 +1977,28 @@ def test_devices_are_what_is_named_or_refused(monkeypatch):
     def too_old():
         warnings.warn('CUDA initialization: The NVIDIA driver on your system is too old (found version 11040). Update')
         return False
-    monkeypatch.delenv('LOCAL_RANK', raising=False)
+
+    def refused(words, *names):
+        for name in names:
+            with pytest.raises(train.UsageError, match=words):
+                train.get_device(name)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: False)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     assert train.get_device() == train.get_device('cpu') == torch.device('cpu')
-    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: False)
-    for name, words in [('cuda', 'no GPU'), ('cuda:1', 'no GPU'), ('gpu', 'device must be'), ('mps', 'has none')]:
-        with pytest.raises(train.UsageError, match=words):
-            train.get_device(name)
+    refused('can use no', 'cuda', 'cuda:1', 'mps')
+    refused('device must be', 'gpu')
     monkeypatch.setattr(torch.cuda, 'is_available', too_old)
-    for name in ('auto', 'cuda'):
-        with pytest.raises(train.UsageError, match='driver on your system is too old'):
-            train.get_device(name)
-    assert train.get_device('cpu') == torch.device('cpu')
-
+    refused('driver on your system is too old', 'auto', 'cuda')
     used = []
     for name, value in dict(is_available=lambda: True, device_count=lambda: 2, set_device=used.append).items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch, 'set_float32_matmul_precision', used.append)
     assert train.get_device('cuda:1') == torch.device('cuda:1') and used == [torch.device('cuda:1'), 'high']
     assert train.get_device() == torch.device('cuda:0')
-    with pytest.raises(train.UsageError, match='there is no cuda:2'):
-        train.get_device('cuda:2')
+    refused('there is no cuda:2', 'cuda:2')
     monkeypatch.setenv('LOCAL_RANK', '1')
     assert train.get_device() == train.get_device('cuda') == torch.device('cuda:1')
-    with pytest.raises(train.UsageError, match='under torchrun'):
-        train.get_device('cuda:0')
+    refused('under torchrun', 'cuda:0')
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'Tesla V100')
     assert train.get_autocast(torch.device('cuda'))[1] is torch.float32
@@ -2338,9 +2009,8 @@ def test_devices_are_what_is_named_or_refused(monkeypatch):
 @pytest.mark.parametrize('name, teraflops', [
     ('NVIDIA H100 80GB HBM3', 989), ('NVIDIA H100 PCIe', 756), ('NVIDIA H100 NVL', 835), ('NVIDIA GH200 480GB', 989),
     ('NVIDIA A100-SXM4-80GB', 312), ('NVIDIA A100-PCIE-40GB', 312), ('NVIDIA A100 80GB PCIe', 312), ('NVIDIA L4', 121),
-    ('NVIDIA B200', 2250), ('NVIDIA GeForce RTX 4090', 165), ('NVIDIA RTX 6000 Ada Generation', 364),
-    ('NVIDIA H100 80GB HBM3 MIG 1g.10gb', None), ('NVIDIA GeForce RTX 4090 Laptop GPU', None),
-    ('NVIDIA GeForce RTX 4090 D', None), ('Tesla V100-SXM2-16GB', None), ('NVIDIA L400', None)])
+    ('NVIDIA GeForce RTX 4090', 165), ('NVIDIA RTX 6000 Ada Generation', 364), ('NVIDIA L400', None),
+    ('NVIDIA H100 80GB HBM3 MIG 1g.10gb', None), ('NVIDIA GeForce RTX 4090 Laptop GPU', None)])
 def test_peak_of_a_gpu(name, teraflops):
     assert train.gpu_peak(name, torch.bfloat16) == (teraflops and teraflops * 1e12)
     assert train.gpu_peak(name, torch.float32) == (teraflops and teraflops * 5e11)
@@ -2353,15 +2023,14 @@ def test_configs_have_the_published_sizes():
         cfg = train.load_config([str(file)])
         tokens = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size
         assert cfg.out_dir == f'out/{file.stem}' and train.in_steps('max_steps', cfg.max_steps, tokens) > 0
+        if file.stem not in ('tiny', 'shakespeare', 'evidence'):
+            assert tokens == 2 ** 21 and cfg.gradient_accumulation_steps % 64 == 0
         if file.stem in published:
             shape = {f.name: getattr(cfg, f.name) for f in fields(AdaPonderConfig) if hasattr(cfg, f.name)}
             with torch.device('meta'):
                 m = AdaPonderLM(AdaPonderConfig(**shape))
             parameters = sum(p.numel() for name, p in m.named_parameters() if not name.startswith('gates.'))
             assert parameters == published.pop(file.stem)
-        if file.stem not in ('tiny', 'shakespeare', 'evidence'):
-            assert tokens == 2 ** 21 and cfg.block_size == 2048 and cfg.n_iter == 4
-            assert cfg.gradient_accumulation_steps % 64 == 0
     assert not published
 
 
@@ -2380,9 +2049,8 @@ def test_model_and_training_have_the_same_defaults():
     (dict(vocab_size=2 ** 31), 'vocab_size'), (dict(n_embd='32'), 'of type int'), (dict(n_layer=True), 'of type int'),
     (dict(rotary_pct=0.4), 'rotary_pct'), (dict(rotary_pct=-0.5), 'rotary_pct'), (dict(rotary_base=0.0), 'rotary_base'),
     (dict(norm_eps=math.nan), 'norm_eps'), (dict(gate_bias=math.inf), 'gate_bias'), (dict(early_ce=-0.1), 'early_ce'),
-    (dict(early_ce=math.inf), 'early_ce'), (dict(objective='live'), 'objective'), (dict(feedback='x'), 'feedback'),
-    (dict(gate_width=0.01), 'gate_width'), (dict(gate_width=math.inf), 'finite'),
-    (dict(gate_width=math.nan), 'finite')])
+    (dict(objective='live'), 'objective'), (dict(feedback='x'), 'feedback'), (dict(gate_width=0.01), 'gate_width'),
+    (dict(gate_width=math.inf), 'finite')])
 def test_config_refuses_nonsense(kw, words):
     with pytest.raises(ValueError, match=words):
         AdaPonderConfig(**{**dict(n_embd=32, n_head=4, rotary_pct=0.5), **kw})
@@ -2395,7 +2063,8 @@ def test_config_refuses_nonsense(kw, words):
     (lambda m, x: m.generate(x + 61, 3), 'from 0 to 60'), (lambda m, x: m.generate(x - 1, 3), 'from 0 to 60'),
     (lambda m, x: m.generate(x, 3, top_p=0.0), 'top_p'), (lambda m, x: m.generate(x, 3, top_p=math.nan), 'top_p'),
     (lambda m, x: m.generate(x, 3, top_k=0), 'top_k'), (lambda m, x: m.generate(x, 3, temperature=-1.0), 'temperature'),
-    (lambda m, x: m.generate(x, 3, temperature=math.nan), 'temperature')])
+    (lambda m, x: m.generate(x, 3, temperature=math.nan), 'temperature'),
+    (lambda m, x: m.requires_grad_(False).unembed.weight.fill_(math.nan) is m.generate(x, 3), 'not finite')])
 def test_model_refuses_nonsense(call, words):
     with pytest.raises(ValueError, match=words):
         call(tiny(torch.float32), torch.zeros(1, 33, dtype=torch.long))
@@ -2429,11 +2098,8 @@ def val_windows(n=6, T=32, seed=20):
     return torch.randint(61, (n, T + 1), generator=torch.Generator().manual_seed(seed))
 
 
-def run_bench(capsys, *argv):
-    """bench.py in this process: (its JSON, what it printed)."""
-    bench.main([str(x) for x in argv])
-    path = argv[argv.index('--json') + 1]
-    return json.loads(Path(path).read_text(encoding='utf-8')), capsys.readouterr().out
+def run_bench(*argv):
+    return bench.main([str(x) for x in argv])
 
 
 def bench_run(folder, name, model):
@@ -2468,22 +2134,6 @@ def test_random_policies_hit_their_shares_on_every_execution(shares):
         assert sorted(s.depth for s in steps if s.seq == r) == sorted(depth[r, 4:24].tolist())
 
 
-@pytest.mark.parametrize('share', [0.0, 0.25, 0.5, 0.75])
-def test_forced_policy_halts_its_share_at_all_depths(share):
-    depth = tiny(block_size=64)(val_windows(40, 64)[:, :-1], policy=bench.forced_policy(share, 4)).depth
-    assert abs((4 - depth.double()).mean() / 3 - share) < 0.03
-    assert set(depth.flatten().tolist()) == ({1, 2, 3, 4} if share else {4})
-
-
-@pytest.mark.parametrize('kw', [{}, dict(n_iter=1), dict(halting=False)])
-def test_nll_by_iteration_against_runs_that_stop_early(kw):
-    m, x = tiny(**kw), val_windows()
-    levels = bench.nll_by_iteration(m, x, OPTIONS)
-    for d in range(m.cfg.n_iter):
-        want = m(x[:, :-1], x[:, 1:], tau=0.0, max_iter=d + 1).nll
-        assert torch.allclose(levels[..., d], want.double(), atol=1e-6)
-
-
 @pytest.mark.parametrize('kind', ['learned', 'confidence', 'convergence'])
 def test_scores_against_their_definitions(kind):
     m, x = tiny(), val_windows()
@@ -2497,37 +2147,26 @@ def test_scores_against_their_definitions(kind):
     assert (depth == 4).all() and torch.allclose(got, torch.stack(want[kind], -1).double(), atol=1e-6)
 
 
-def test_measure_is_the_model_itself():
-    m, x = tiny(), val_windows()
-    out = m(x[:, :-1], x[:, 1:])
-    assert len(set(out.depth.flatten().tolist())) > 1
-    for policy in (None, bench.threshold_policy(bench.gate_score(m), m.cfg.tau)):
-        depth, nll = bench.measure(m, x, OPTIONS, policy)
-        assert torch.equal(depth, out.depth) and torch.allclose(nll, out.nll.double())
-
-
 def test_convergence_exits_of_a_token_that_halts():
     """The score of iteration i compares with the same token's prediction after i - 1, whoever has halted in between."""
     m, x = tiny(halting=False), val_windows()
     got = torch.zeros(6, 32, 3, dtype=torch.float64)
     bench.measure(m, x, OPTIONS, bench.threshold_policy(bench.convergence_score(m), record=got))
     t = 1.001 * float(got[..., 1].median())  # no token's own score
-    policy = bench.threshold_policy(bench.convergence_score(m), t, record=got)
-    depth, _ = bench.measure(m, x, OPTIONS, policy)
-    states, halted = [], []
+    depth, _ = bench.measure(m, x, OPTIONS, bench.threshold_policy(bench.convergence_score(m), t, record=got))
+    assert set(depth.flatten().tolist()) == {2, 3, 4}
+    P = {}
 
     def by_hand(i, s, h, row, pos):
-        states.append({(r, p): m.unembed(h[n]).softmax(-1) for n, (r, p) in enumerate(zip(row.tolist(), pos.tolist()))})
         on = []
-        for key, q in states[i].items():
-            kl = float((states[i - 1][key] * (states[i - 1][key] / q).log()).sum()) if i else math.inf
-            assert i == 0 or abs(kl - float(got[key[0], key[1], i])) < 1e-6
+        for n, key in enumerate(zip(row.tolist(), pos.tolist())):
+            P[i, key] = m.unembed(h[n]).softmax(-1)
+            kl = float((P[i - 1, key] * (P[i - 1, key] / P[i, key]).log()).sum()) if i else math.inf
+            assert i == 0 or abs(kl - float(got[key][i])) < 1e-6
             on.append(kl >= t)
-        halted.append(on.count(False))
         return torch.tensor(on)
     with torch.no_grad():
         assert torch.equal(m(x[:, :-1], policy=by_hand).depth, depth)
-    assert halted[0] == 0 < halted[1] and 0 < halted[2]
 
 
 def test_threshold_is_the_nearest():
@@ -2560,57 +2199,10 @@ def test_policies_spend_what_they_should(kind):
         policy = bench.scheduled_policy(kind, cost.mean(0).tolist(), target)
     depth, _ = bench.measure(m, x, OPTIONS, policy)
     near = 0.001 if kind in bench.SCORES else 0.02  # a threshold that is set on the same text is exact
-    assert abs(float(bench.flops_spent(cost, depth).mean()) / target - 1) < near
+    assert abs(bench.flops_spent(cost, depth) / target - 1) < near
     active = [1.0] + [float((depth > i).double().mean()) for i in (1, 2, 3)]
     steps = [b / a if kind == 'geometric' else a - b for a, b in zip(active, active[1:])]
     assert kind in bench.SCORES or max(steps) - min(steps) < 0.05
-
-
-def test_oracle_is_the_best_assignment():
-    g = torch.Generator().manual_seed(23)
-    for trial in range(5):
-        nll = torch.rand(1, 4, 3, generator=g, dtype=torch.float64)
-        cost = torch.tensor([[1.0, 2.2, 3.1]] * 4) + torch.rand(4, 1, generator=g)
-        depth = bench.oracle_depth(nll, cost, float(cost.mean(0)[1]) * (0.7 + 0.1 * trial))
-        mine, spent = float(nll.gather(-1, depth[..., None] - 1).sum()), float(bench.flops_spent(cost, depth).sum())
-        for choice in itertools.product((0, 1, 2), repeat=4):
-            if sum(float(cost[p, c]) for p, c in enumerate(choice)) <= spent:
-                assert sum(float(nll[0, p, c]) for p, c in enumerate(choice)) >= mine - 1e-9
-    nll, cost = torch.rand(40, 32, 4, generator=g, dtype=torch.float64), bench.cost_table(tiny().cfg, 32)
-    for share in (0.3, 0.5):
-        depth = bench.oracle_depth(nll, cost, share * float(cost.mean(0)[3]))
-        assert abs(float(bench.flops_spent(cost, depth).mean()) / float(cost.mean(0)[3]) - share) < 0.005
-
-
-def test_statistics():
-    rng = np.random.default_rng(24)
-    x, y = rng.integers(0, 5, 200), rng.normal(size=200).round(1)
-
-    def rank(v):  # by counting
-        return [sum(w < u for w in v) + (sum(w == u for w in v) - 1) / 2 for u in v]
-    assert abs(bench.spearman(x, y) - np.corrcoef(rank(x), rank(y))[0, 1]) < 1e-12
-    assert abs(bench.spearman(y, 3 * y + 1) - 1) < 1e-12 and bench.spearman(x, 0 * y) is None
-    means = [rng.normal(size=50).mean() for _ in range(2000)]  # what a standard error is
-    assert abs(bench.estimate(rng.normal(size=50))['error'] / np.std(means) - 1) < 0.3
-    row, other = ({'a': a, 'b': [dict(mean=a + 1, error=0.5)], 'c': 'text'} for a in (1.0, 3.0))
-    assert bench.mean_over_seeds([row]) == {**row, 'a': dict(mean=1.0, error=None)}
-    a, b = (dict(mean=mean, error=math.sqrt(2)) for mean in (2.0, 3.0))
-    assert bench.mean_over_seeds([{**row, 'd': 5.0}, other]) == dict(a=a, b=[b], c='text')
-
-
-def test_comparison_with_the_learned_gates_is_paired():
-    rows = []
-    for policy, flops, windows in [('fixed depth', 4, [8, 8]), ('fixed depth', 12, [9, 9]), ('fixed depth', 20, [0, 2]),
-                                   ('learned', 10, [1, 3]), ('random', 12.5, [2, 4]), ('random', 3, [2, 4])]:
-        windows = np.array(windows, float)
-        rows.append(dict(model='adaptive', policy=policy, flops=flops, nll=bench.estimate(windows), windows=windows))
-    bench.add_comparisons(rows, 'adaptive')
-    assert rows[4]['over_learned'] == dict(mean=1.25, error=0.0)  # a quarter of the way from [1, 3] to [0, 2]
-    assert ['over_learned' in r for r in rows] == [False] * 4 + [True, False] and 'retained' not in rows[4]
-    for model, value in (('vanilla', 10.0), ('fixed', 0.5)):
-        rows.append(dict(model=model, policy='fixed depth', flops=20, nll=dict(mean=value), windows=np.zeros(2)))
-    bench.add_comparisons(rows, 'adaptive')
-    assert rows[3]['retained'] == (10 - 2) / (10 - 0.5) and 'retained' not in rows[6]
 
 
 def test_ppl_and_results(tmp_path, capsys):
@@ -2619,65 +2211,65 @@ def test_ppl_and_results(tmp_path, capsys):
     made = {name: tiny(torch.float32, seed=n, **kw) for n, (name, kw) in enumerate(kinds.items())}
     paths = {name: bench_run(tmp_path, f'{name}.pt', m) for name, m in made.items()}
     argv = ['ppl', '--ckpt', paths.pop('adaptive'), '--others', *(f'{name}={p}' for name, p in paths.items())]
-    argv += ['--save', 0.2, 0.5, '--eval_tokens', 1000, '--calib_tokens', 400, '--json', tmp_path / 'one.json']
-    got, text = run_bench(capsys, *argv)
-    options = SimpleNamespace(eval_tokens=1000, calib_tokens=400)
-    x, calib = bench.pick_windows(options, tmp_path / 'data', made['adaptive'], {})
-    assert len(x) == 31 and len(calib) == 12  # measured on other text than calibrated on
-    assert len({tuple(w) for w in torch.cat([x, calib]).tolist()}) == 43
+    argv += ['--save', 0.2, 0.4, '--eval_tokens', 1000, '--seed', 7, '--json', tmp_path / 'one.json']
+    got, text = run_bench(*argv), capsys.readouterr().out
+    x = bench.val_text(tmp_path / 'data', made['adaptive'], {}, 31, 32)
+    assert len({tuple(w) for w in x.tolist()}) == 31
 
+    # every model's rows against the model itself
     rows = {(r['model'], r['policy'], r['setting']): r for r in got['rows']}
     full = sum(float(made['fixed'].cfg.inference_flops(4, t + 1)) for t in range(32)) / 32
-    for name, policy, setting in (('adaptive', 'learned', 'own tau'), ('cheap', 'learned', 'own tau'),
-                                  ('three', 'fixed depth', 'max_iter 3'), ('vanilla', 'fixed depth', 'max_iter 1')):
+    own_tau = [('adaptive', 'learned', 'own tau', {}), ('cheap', 'learned', 'as trained', {})]
+    fixed = [(name, 'fixed depth', f'max_iter {d}', dict(max_iter=d, tau=0.0))
+             for name, d in (('three', 3), ('vanilla', 1), ('adaptive', 2), ('adaptive', 4))]
+    for name, policy, setting, kw in own_tau + fixed:
         m, r = made[name], rows[name, policy, setting]
-        out = m(x[:, :-1], x[:, 1:])
-        flops = sum(float(m.cfg.inference_flops(out.depth[:, t], t + 1).sum()) for t in range(32)) / out.depth.numel()
-        assert abs(r['nll']['mean'] - out.ce_loss.item()) < 1e-5 and abs(r['saved'] - (1 - flops / full)) < 1e-6
+        out = m(x[:, :-1], x[:, 1:], **kw)
+        flops = [m.cfg.inference_flops(out.depth[:, t], t + 1, kw.get('max_iter')).double().mean() for t in range(32)]
+        assert abs(r['nll'] - out.ce_loss.item()) < 1e-5 and abs(r['saved'] - (1 - sum(flops) / 32 / full)) < 1e-6
         assert abs(r['depth'] - float(out.depth.double().mean())) < 1e-9
-        se = float(out.nll.double().mean(1).std() / math.sqrt(len(x)))
-        assert abs(r['nll']['error'] - se) < 1e-6
+        assert abs(r['nll_error'] - float(out.nll.double().mean(1).std() / math.sqrt(31))) < 1e-6
+    # equal FLOPs at each setting, and the difference to the gates is paired
     for (model, policy, setting), r in rows.items():
-        if policy not in ('fixed depth', 'oracle') and setting != 'own tau':
-            near = rows['adaptive', 'learned', setting]['saved']
-            assert abs(r['saved'] - near) < 0.1, (model, policy, setting)  # 12 windows set it
-    own, random_own = rows['adaptive', 'learned', 'own tau'], rows['adaptive', 'random', 'own tau']
-    assert np.allclose(random_own['active'], own['active'], atol=0.05)
+        if policy != 'fixed depth' and setting != 'as trained' and model != 'three':  # which cannot spend so much
+            assert abs(r['saved'] - rows['adaptive', 'learned', setting]['saved']) < 0.03, (model, policy, setting)
+    out = made['adaptive'](x[:, :-1], x[:, 1:])
+    active = [float((out.depth > i).double().mean()) for i in (1, 2, 3)]
+    other = made['adaptive'](x[:, :-1], x[:, 1:], policy=bench.random_policy(active, 7))
+    over, r = (other.nll - out.nll).double().mean(1), rows['adaptive', 'random', 'own tau']
+    assert abs(r['over_learned'] - float(over.mean())) < 1e-6
+    assert abs(r['over_learned_error'] - float(over.std()) / math.sqrt(31)) < 1e-6
+
     kinds = {model: {p for m, p, _ in rows if m == model} - {'fixed depth'} for model in made}
     exits = {'confidence', 'convergence'}
     assert kinds == dict(adaptive=set(bench.POLICIES), fixed=exits, three=exits, vanilla=set(), cheap={'learned'})
-    depths = got['runs']['adaptive']['by_depth']
-    assert abs(sum(d['share'] * d.get('nll', 0) for d in depths) - own['nll']['mean']) < 1e-6
-    depth, shares = made['cheap'](x[:, :-1]).depth, [d['share'] for d in got['runs']['cheap']['by_depth']]
-    assert shares == [float((depth == d).double().mean()) for d in (1, 2, 3, 4)]
-    assert f'{own["nll"]["mean"]:.4f} ± {own["nll"]["error"]:.4f}' in text
+    out = made['cheap'](x[:, :-1], x[:, 1:])
+    for r in [r for r in got['depths'] if r['model'] == 'cheap']:
+        at = out.depth == r['depth']
+        assert r['share'] == float(at.double().mean()) and abs(r['nll'] - float(out.nll[at].mean())) < 1e-5
+    own = rows['adaptive', 'learned', 'own tau']
+    assert f'{own["nll"]:.4f} ± {own["nll_error"]:.4f}' in text
 
     # the same setting with another seed, 0.2 nats worse
-    for r in got['rows']:
-        r['nll']['mean'] += 0.2
-    got['train_config']['seed'] = 2
+    for r in got['rows'] + got['depths']:
+        r['seed'], r['nll'] = 2, r['nll'] + 0.2
     (tmp_path / 'two.json').write_text(json.dumps(got), encoding='utf-8')
-    bench.main(['results', str(tmp_path / 'one.json'), str(tmp_path / 'two.json'), '--out', str(tmp_path / 'r')])
-    first = (tmp_path / 'r' / 'results.md').read_text(encoding='utf-8')
-    group, = json.loads((tmp_path / 'r' / 'results.json').read_text(encoding='utf-8'))['groups'].values()
-    nll = group['rows']['adaptive, learned, own tau']['nll']
-    assert abs(nll['mean'] - (own['nll']['mean'] - 0.1)) < 1e-9  # own is of the second file now
-    assert abs(nll['error'] - 0.2 / math.sqrt(2)) < 1e-9 and group['seeds'] == [1, 2]
-    assert f'{nll["mean"]:.4f} ± 0.1414' in first
-    assert (tmp_path / 'r' / 'isoflops.png').exists() == ('no pictures' not in capsys.readouterr().out)
-    bench.main(['results', str(tmp_path / 'r' / 'results.json'), '--out', str(tmp_path / 'again')])  # made anew
-    assert (tmp_path / 'again' / 'results.md').read_text(encoding='utf-8') == first
+    run_bench('results', tmp_path / 'one.json', tmp_path / 'two.json', '--out', tmp_path / 'r')
+    first = capsys.readouterr().out
+    assert f'{own["nll"] - 0.1:.4f} ± 0.1414' in first  # own is of the second file now; 0.2 / sqrt(2)
+    assert (tmp_path / 'r' / 'isoflops.png').exists() == ('no pictures' not in first)
+    run_bench('results', tmp_path / 'r' / 'results.json', '--out', tmp_path / 'again')  # made anew
+    assert capsys.readouterr().out.split('wrote')[0] == first.split('wrote')[0]
+    with pytest.raises(ValueError, match='repeats a seed'):
+        run_bench('results', tmp_path / 'one.json', tmp_path / 'one.json', '--out', tmp_path / 'r')
 
 
 @pytest.mark.parametrize('shape', [
     {}, dict(vocab_size=50304, n_embd=32), dict(halting=False, n_iter=1), dict(feedback='hidden')])
-def test_flops_table_equals_the_counter(shape, tmp_path, capsys):
-    argv = ['flops', '--config', shape_file(tmp_path / 'a.py', **shape), '--json', tmp_path / 'f.json']
-    c, = run_bench(capsys, *argv)[0]['configs']
-    cfg, seen, formula = AdaPonderConfig(**c['config']), c['counted']['seen'], c['counted']['formula']
-    assert c['parameters'] == sum(p.numel() for p in AdaPonderLM(cfg).parameters())
-    assert abs(seen['products'] / formula['products'] - 1) < 1e-9
-    assert 1 <= seen['attention'] / formula['attention'] < 3.3  # all queries, and whole rectangles of keys
+def test_flops_table_equals_the_counter(shape, tmp_path):
+    c, = run_bench('flops', '--config', shape_file(tmp_path / 'a.py', **shape))['configs']
+    cfg = AdaPonderConfig(**c['config'])
+    assert c['parameters'] == sum(p.numel() for p in AdaPonderLM(cfg).parameters()) and c['counted'] == 1
     for r in c['depths']:
         parts = sum(r[k] for k in ('linear', 'attention', 'unembed', 'ponder', 'gates'))
         assert abs(parts / r['total'] - 1) < 1e-12 and r['total'] == cfg.inference_flops(r['depth'], 64.5)
@@ -2687,65 +2279,43 @@ def test_flops_table_equals_the_counter(shape, tmp_path, capsys):
     assert abs(count_flops(lambda: dense(x, x)) / (128 * float(cfg.inference_flops(cfg.n_iter, 128))) - 1) < 1e-9
 
 
-def test_speed_counts_what_it_times(tmp_path, capsys):
-    argv = ['--length', 100, '--prompt', 7, '--new', 9, '--slots', 1, 3, '--rounds', 1, '--share', 0, 0.5]
-    got, _ = run_bench(capsys, 'speed', '--config', shape_file(tmp_path / 'a.py'), *argv, '--json', tmp_path / 's.json')
-    cfg = AdaPonderConfig(**got['config'])
-    fixed = AdaPonderConfig(**{**got['config'], 'halting': False})
-    rows = {(r['case'], r['variant']): r for r in got['rows']}
-    assert {c for c, _ in rows} == {'prefill 100', 'decode, 1 slots', 'decode, 3 slots', 'training step 99'}
-    policy = bench.forced_policy(0.5, 4)
-    depth = AdaPonderLM(cfg)(torch.zeros(1, 100, dtype=torch.long), policy=policy).depth[0].tolist()
+def test_speed_counts_what_it_times(tmp_path):
+    m = tiny(torch.float32)
+    argv = ['--data', tmp_path / 'data', '--length', 24, '--prompt', 6, '--slots', 1, 3, '--rounds', 1, '--share', 0.5]
+    got = run_bench('speed', '--ckpt', bench_run(tmp_path, 'a.pt', m), *argv)
+    rows, half = {(r['case'], r['variant']): r for r in got['rows']}, 'adaptive, 50% halted'
+    cases = ('prefill 24', 'decode, 1 slots', 'decode, 3 slots')
+    assert set(rows) == set(itertools.product(cases, ('fixed', 'adaptive', half)))
+    val, fixed = np.fromfile(tmp_path / 'data/val.bin', np.uint16).astype(np.int64), replace(m.cfg, halting=False)
+
+    def windows(n, length):  # n of them, evenly spread
+        starts = np.linspace(0, (len(val) - length) // length - 1, n).round().astype(int) * length
+        return torch.tensor(np.stack([val[s:s + length] for s in starts]))
 
     def prefill(cfg, depth):  # token by token; logits of the last one alone
         head = cfg.flops(0)['unembed']
         return sum(float(cfg.inference_flops(d, t + 1)) - head for t, d in enumerate(depth)) + head
-    half = 'adaptive, 50% halted'
-    assert abs(rows['prefill 100', half]['flop_ratio'] / (prefill(cfg, depth) / prefill(fixed, [4] * 100)) - 1) < 1e-9
-    contexts = range(8, 17)  # of the tokens that are timed: after the prompt and the first new one
-    mine = sum(float(cfg.inference_flops(depth[t - 1], t)) for t in contexts)
-    ratio = mine / sum(float(fixed.inference_flops(4, t)) for t in contexts)
-    assert abs(rows['decode, 1 slots', half]['flop_ratio'] / ratio - 1) < 1e-9
-    packed = sum(float(cfg.inference_flops(d, 50)) for d in depth[:99]) / 99 / float(fixed.inference_flops(4, 50))
-    assert abs(rows['training step 99', half + ', packed']['flop_ratio'] / packed - 1) < 1e-9
-    vanilla = AdaPonderConfig(**{**got['config'], 'halting': False, 'n_iter': 1}).inference_flops(1, 50)
-    assert abs(rows['training step 99', 'n_iter=1']['flop_ratio'] / (vanilla / fixed.inference_flops(4, 50)) - 1) < 1e-9
+    policy = bench.scheduled_policy('geometric', range(4), 1.5)  # half of iterations 2 .. 4
+    for variant, p in (('adaptive', None), (half, policy)):
+        depth, r = m(windows(1, 24), policy=p).depth[0].tolist(), rows['prefill 24', variant]
+        assert len(set(depth)) > 1 and r['depth'] == pytest.approx(sum(depth) / 24)
+        assert r['flop_ratio'] == pytest.approx(prefill(m.cfg, depth) / prefill(fixed, [4] * 24), rel=1e-9)
+        # 13 tokens a slot are timed, after the prompt and the first new one
+        steps = list(bench.stream(m, windows(3, 6).tolist(), 26, temperature=0, policy=p, slots=3))[3:3 + 39]
+        assert rows['decode, 3 slots', variant]['depth'] == pytest.approx(sum(s.depth for s in steps) / 39)
+        steps = list(bench.stream(m, windows(1, 6).tolist(), 26, temperature=0, policy=p))[1:14]
+        mine = sum(float(m.cfg.inference_flops(s.depth, t)) for t, s in enumerate(steps, start=7))
+        ratio = mine / sum(float(fixed.inference_flops(4, t)) for t in range(7, 20))
+        assert rows['decode, 1 slots', variant]['flop_ratio'] == pytest.approx(ratio, rel=1e-9)
 
 
 def test_variants_run_in_turn():
-    order, known = [], dict(A=dict(seconds=2.0, flops=8.0), B=dict(seconds=3.0, flops=4.0))
-    variants = {n: lambda n=n: order.append(n) or dict(tokens=4, depth=1.0, **known[n]) for n in 'AB'}
+    order, known = [], dict(A=dict(seconds=0.5, flops=2.0), B=dict(seconds=0.75, flops=1.0))
+    variants = {n: lambda n=n: order.append(n) or dict(depth=1.0, **known[n]) for n in 'AB'}
     rows = bench.time_variants('case', variants, rounds=2)
-    assert order == list('AB' 'ABAB')  # a warm-up of each, then in turn
+    assert order == list('AABB' 'ABAB')  # a warm-up of each, then in turn
     assert rows[1]['time_ratio'] == [1.5] * 3 and rows[1]['ms_per_token'] == [750.0] * 3
     assert rows[1]['flop_ratio'] == 0.5 and rows[1]['time_per_flops'] == 3.0
-
-
-def test_speed_of_a_checkpoint_on_its_own_text(tmp_path, capsys):
-    m = tiny(torch.float32)
-    argv = ['--data', tmp_path / 'data', '--length', 24, '--batch_size', 5, '--prompt', 6, '--new', 4, '--slots', 2]
-    argv += ['--rounds', 1, '--share', '--cases', 'prefill', 'decode']
-    got, _ = run_bench(capsys, 'speed', '--ckpt', bench_run(tmp_path, 'a.pt', m), *argv, '--json', tmp_path / 's.json')
-    rows = {(r['case'], r['variant']): r for r in got['rows']}
-    assert {v for _, v in rows} == {'fixed', 'fixed, dense', 'fixed, packed', 'adaptive'}
-    val = np.fromfile(tmp_path / 'data/val.bin', np.uint16).astype(np.int64)
-
-    def windows(n, length):  # n of them, evenly spread, none of them the first or the last
-        starts = np.linspace(0, (len(val) - length) // length - 1, n + 2)[1:-1].round().astype(int) * length
-        return torch.tensor(np.stack([val[s:s + length] for s in starts]))
-    depth = m(windows(5, 24)).depth
-    assert len(set(depth.flatten().tolist())) > 1
-    assert rows['prefill 24', 'adaptive']['depth'] == pytest.approx(float(depth.double().mean()))
-    steps = list(bench.stream(m, windows(2, 6).tolist(), 8, temperature=0, slots=2))[2:10]
-    assert rows['decode, 2 slots', 'adaptive']['depth'] == pytest.approx(sum(s.depth for s in steps) / 8)
-
-
-@pytest.mark.parametrize('block_size', [16, 192])
-def test_speed_runs_with_its_defaults(block_size, tmp_path, capsys):
-    file = shape_file(tmp_path / 'a.py', block_size=block_size, n_layer=1)
-    argv = ['speed', '--config', file, '--slots', 2, '--rounds', 1, '--json', tmp_path / 's.json']
-    got, _ = run_bench(capsys, *argv)
-    assert len({r['case'] for r in got['rows']}) == 3
 
 
 @pytest.mark.parametrize('remat', [False, True])
@@ -2768,28 +2338,26 @@ def test_plan_knows_the_peak_of_a_step(kw, bf16, remat, tmp_path):
     _, first, size = min(events)
     measured = max(total for _, total, _ in events) - (first - size)
     in_place = 4 * sum(p.numel() for p in model.parameters())  # gradients that autograd adds up in place
-    got = bench.activation_memory(cfg, 8, bf16, remat, like_gpu=False)
-    assert measured * 0.99 < got < measured * 1.01 + in_place
+    got, low = bench.activation_memory(cfg, 8, bf16, remat, like_gpu=False), 0.98 if cfg.objective == 'paper' else 0.99
+    assert measured * low < got < measured * 1.01 + in_place
 
 
 def test_plan_arithmetic(tmp_path, capsys):
     file = shape_file(tmp_path / 'a.py', gradient_accumulation_steps=16, max_steps='1M tokens', shard_optimizer=True)
-    argv = ['plan', '--config', file, '--gpu', 'A100', '--gpus', 8, '--mfu', 0.5, '--price', 2]
-    got, text = run_bench(capsys, *argv, '--json', tmp_path / 'p.json')
+    got = run_bench('plan', '--config', file, '--gpu', 'A100', '--gpus', 8, '--mfu', 0.5, '--price', 2)
     P = sum(p.numel() for p in AdaPonderLM(AdaPonderConfig(**got['config'])).parameters())
     d, L, V, T, K = 64, 2, 500, 128, 4
     tokens = round(1e6 / (2 * 128 * 16)) * 2 * 128 * 16
     forward = K * (24 * L * d * d + 4 * L * d * (T + 1) / 2) + (K - 1) * (4 * d * V + 8 * d * d + 8 * d) + 2 * d * V
     assert got['tokens'] == tokens and got['parameters'] == P and abs(got['forward_flops'] / forward - 1) < 1e-12
     hours = 3 * forward * tokens / (312e12 * 0.5) / 3600
-    assert abs(got['gpu_hours'] / hours - 1) < 1e-9 and f'${2 * hours:,.0f}' in text
+    assert abs(got['gpu_hours'] / hours - 1) < 1e-9 and f'${2 * hours:,.0f}' in capsys.readouterr().out
     memory = got['memory']
-    assert memory['weights'] == memory['gradients'] == 4 * P and memory['optimizer'] == P and 'TOO MUCH' not in text
-    assert got['peak_memory'] == sum(memory.values())
+    assert memory['weights'] == memory['gradients'] == 4 * P and memory['optimizer'] == P
+    assert got['peak_memory'] == sum(memory.values()) and got['largest_batch_size'] > 2
     big = shape_file(tmp_path / 'b.py', vocab_size=2048, block_size=2048, n_layer=4, n_head=8, n_embd=512,
-                     batch_size=64, gradient_accumulation_steps=7)
-    got, text = run_bench(capsys, 'plan', '--config', big, '--gpu', 'RTX 4090', '--json', tmp_path / 'p.json')
-    assert 'TOO MUCH' in text and 'must be a multiple of 8' in text
+                     batch_size=64, gradient_accumulation_steps=8)
+    got = run_bench('plan', '--config', big, '--gpu', 'RTX 4090')
     cfg, n = AdaPonderConfig(**got['config']), got['largest_batch_size']
     static = got['peak_memory'] - got['memory']['activations']
     assert 0 < n < 64 and static + bench.activation_memory(cfg, n) < 24e9 < static + bench.activation_memory(cfg, n + 6)
@@ -2827,12 +2395,9 @@ def test_harness_adapter(tmp_path):
     model = AdaPonderLM.from_pretrained(tmp_path / 'hf', n_iter=4).requires_grad_(False)
     for gate in model.gates:
         torch.nn.init.normal_(gate.proj.weight, std=2.0)
-    enc = bench.load_tokenizer(str(tmp_path / 'hf' / 'tokenizer.json'))
-    pairs = [('The cat sat on the', ' mat'), ('', 'Once upon a time'), ('one two three four five', ' six  seven eight'),
-             ('word ' * 60, 'end of it'), ('a ', 'b')]
-    rolling = [('cat and dog ' * 40,), ('short text',)]
-    until = [('The cat', dict(until=['.', '\n'], max_gen_toks=9)), ('a dog that', dict(until=[], max_gen_toks=9)),
-             ('The cat', dict(until='.', max_gen_toks=5))]
+    enc = prepare_data.load_tokenizer(str(tmp_path / 'hf' / 'tokenizer.json'))
+    pairs = [('The cat sat on the', ' mat'), ('', 'Once upon a time'), ('word ' * 60, 'end of it'), ('a ', 'b')]
+    until = [('The cat', dict(until=['.', '\n'], max_gen_toks=9)), ('a dog that', dict(until=[], max_gen_toks=9))]
 
     def ask(kind, arguments):
         return [Instance(kind, {}, x, n) for n, x in enumerate(arguments)]
@@ -2850,9 +2415,7 @@ def test_harness_adapter(tmp_path):
             assert abs(value - float(p.gather(-1, want[:, None]).sum())) < 1e-3
             assert greedy == bool((p.argmax(-1) == want).all())
             depths += out.depth[0].tolist()
-        assert lm.spent[:2] == [len(depths), sum(depths)] and (max_iter == 1 or len(set(depths)) > 1)
-        alone = lm.loglikelihood(ask('loglikelihood', pairs[:1]), disable_tqdm=True)[0][0]
-        assert alone == pytest.approx(got[0][0], abs=1e-3)
+        assert lm.depths == depths and (max_iter == 1 or len(set(depths)) > 1)
         texts = lm.generate_until(ask('generate_until', until))
         for (context, g), text in zip(until, texts):
             x = torch.tensor([enc.encode_ordinary(context)])
@@ -2866,7 +2429,7 @@ def test_harness_adapter(tmp_path):
     theirs = HFLM(pretrained=str(tmp_path / 'hf'), dtype='float32', device='cpu', batch_size=2)
     for a, b in zip(got, theirs.loglikelihood(ask('loglikelihood', pairs), disable_tqdm=True)):
         assert abs(a[0] - b[0]) < 1e-3 and a[1] == b[1]
-    asked = ask('loglikelihood_rolling', rolling)
+    asked = ask('loglikelihood_rolling', [('cat and dog ' * 40,), ('short text',)])
     same = theirs.loglikelihood_rolling(asked, disable_tqdm=True)
     assert lm.loglikelihood_rolling(asked) == pytest.approx(same, rel=1e-5)
     assert texts == theirs.generate_until(ask('generate_until', until), disable_tqdm=True)
@@ -2879,37 +2442,35 @@ def test_curves(tmp_path, capsys):
                    dict(step=2, val_loss=loss, val_depth=3.0)]
         (tmp_path / name).mkdir()
         text = ''.join(json.dumps(r) + '\n' for r in records)
-        text += '[1]\n{"no": "step"}\n{"step": 3, "lo'  # the run was killed while it wrote
+        text += '{"step": 3, "lo'  # the run was killed while it wrote
         (tmp_path / name / 'log.jsonl').write_text(text, encoding='utf-8')
-    argv = ['curves', tmp_path / 'a', tmp_path / 'b', '--out', tmp_path / 'c.png', '--json', tmp_path / 'c.json']
-    got, text = run_bench(capsys, *argv)
-    assert got['runs'][str(tmp_path / 'b')]['loss'] == [[1, 3.5], [2, 1.75]]
-    assert got['runs'][str(tmp_path / 'a')]['gate_mean'] == [[2, [0.9, 0.8]]]
+    run_bench('curves', tmp_path / 'a', tmp_path / 'b', '--out', tmp_path / 'c.png')
+    text = capsys.readouterr().out
     line = next(t for t in text.splitlines() if str(tmp_path / 'a') in t)
     assert [c.strip() for c in line.split('|')[2:7]] == ['200', '1.2500', '2.5000', '4.00', '3.00']
+    assert (tmp_path / 'c.png').exists() == ('no pictures' not in text)
 
 
 @pytest.mark.parametrize('command, word', [
-    ('ppl --ckpt none.pt', 'no checkpoint at'), ('ppl --ckpt a.pt --data .', 'no data in'),
+    ('ppl --ckpt none.pt', 'no checkpoint at'), ('ppl --ckpt a.pt --data .', 'meta.json'),
     ('ppl --ckpt a.pt --others a.pt', 'NAME=CKPT'), ('ppl --ckpt a.pt --others fixed=o.pt', 'cannot be compared'),
-    ('ppl --ckpt a.pt --data bad', 'not written by'), ('ppl --ckpt a.pt --eval_tokens -5', 'must be'),
-    ('ppl --ckpt a.pt --save 2', 'must be'), ('ppl --ckpt a.pt --save nan', 'must be'),
-    ('ppl --ckpt a.pt --device gpu', 'device'), ('ppl --ckpt a.pt --json .', 'folder'),
-    ('ppl --ckpt a.pt --json no/x.json', 'cannot'), ('ppl --ckpt a.pt --data ~nobody-of-this-name', 'no data in'),
-    ('results junk.json', 'junk.json'), ('results half.json', 'half.json'), ('results list.json', 'list.json'),
-    ('results junk.json --out junk.json', 'junk.json'), ('flops', 'give --config or --ckpt'),
-    ('flops --config e.py', 'starts from'), ('flops --config c.py --context -5', 'must be'),
-    ('speed --ckpt v.pt', 'n_iter > 1'), ('speed --config c.py --length 999', 'block_size'),
-    ('speed --config c.py --ckpt a.pt', 'give --config or --ckpt'), ('plan --config c.py --gpu abacus', 'abacus'),
-    ('plan --config c.py --mfu 2', 'must be'), ('plan --config c.py --set n_embd=65', 'n_embd'),
-    ('curves .', 'no log at'), ('curves . --out x.weird', '.png'), ('curves . --out junk.json/x.png', 'junk.json')])
+    ('ppl --ckpt a.pt --data bad', 'not written by'), ('ppl --ckpt a.pt --data other', 'another tokenizer'),
+    ('ppl --ckpt a.pt --eval_tokens -5', 'must be'), ('ppl --ckpt a.pt --save nan', 'must be'),
+    ('ppl --ckpt a.pt --json .', 'folder'), ('ppl --ckpt a.pt --json no/x.json', 'cannot'),
+    ('results junk.json', 'junk.json'), ('results half.json', 'half.json'), ('flops', 'required'),
+    ('flops --config e.py', 'starts from'), ('speed --ckpt v.pt', 'n_iter > 1'),
+    ('plan --config c.py --mfu 2', 'must be'), ('speed --config c.py --length 999', 'block_size'), ('speed --config c.py --prompt 128', '--prompt'),
+    ('plan --config c.py --set n_embd=65', 'n_embd'), ('curves .', 'log.jsonl'),
+    ('curves run --out junk.json/x.png', 'junk.json')])
 def test_bench_refuses_nonsense(command, word, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name, kw in (('a.pt', {}), ('o.pt', dict(block_size=16)), ('v.pt', dict(n_iter=1))):
         bench_run(tmp_path, name, tiny(torch.float32, **kw))
-    (tmp_path / 'bad').mkdir()
-    for name, text in (('junk.json', '{"a": 1}'), ('half.json', '{"group": "g", "rows": [{}]}'), ('list.json', '[1]'),
-                       ('bad/meta.json', '{"dtype": "uint16"}')):
+    for name in ('bad', 'other', 'run'):
+        (tmp_path / name).mkdir()
+    other = (tmp_path / 'data/meta.json').read_text(encoding='utf-8').replace('of no file', 'of another')
+    for name, text in (('junk.json', '{"a": 1}'), ('half.json', '{"rows": [{}], "depths": []}'),
+                       ('bad/meta.json', '{"dtype": "uint16"}'), ('other/meta.json', other), ('run/log.jsonl', '')):
         (tmp_path / name).write_text(text, encoding='utf-8')
     shape_file(tmp_path / 'c.py')
     shape_file(tmp_path / 'e.py', init_from='some/folder')

@@ -6,10 +6,8 @@ Trains AdaPonderLM: one process on a laptop, torchrun on a cluster.
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py config/pythia410m.py
 
 A config file is Python that assigns to fields of TrainConfig; --key=value overrides it. Helper variables of a config
-begin with an underscore; what it imports and defines is left alone too.
-The same command again goes on from out_dir/ckpt.pt. The micro-batches of a step depend on (seed, step) alone, so any
-number of processes that divides gradient_accumulation_steps trains the same model, and a resumed run equals an
-uninterrupted one.
+begin with an underscore. The same command again goes on from out_dir/ckpt.pt. The micro-batches of a step depend on
+(seed, step) alone, so any number of processes that divides gradient_accumulation_steps trains the same model.
 With torchrun --max-restarts set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, else a restart may call at processes that died.
 """
 import signal
@@ -28,24 +26,21 @@ import shutil
 import sys
 import time
 import warnings
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from functools import partial
-from itertools import count
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.utils.benchmark
 from torch.nn.parallel import DistributedDataParallel as DDP
-from tqdm import tqdm
 
 import model as model_py
 from model import AdaPonderConfig, AdaPonderLM, HaltingSchedule, load_checkpoint
-from prepare_data import UsageError, check_writable, command_line, file_sha256, load_tokenizer, lock, prepare
+from prepare_data import (UsageError, check_writable, command_line, file_sha256, load_tokenizer, lock, optional,
+                          prepare, write_beside)
 
 Duration = int | str  # a number of steps, or '1000 steps', '1.2B tokens', '40%' (of max_steps)
 
@@ -118,23 +113,22 @@ class TrainConfig:
 
 # Smallest and largest value of the numeric fields; those that are not here may be 0 to 2^31 - 1
 RANGES = dict.fromkeys(('k_max', 'explore', 'tau', 'final_lr', 'beta1', 'beta2'), (0, 1))
-RANGES |= dict.fromkeys(('block_size', 'n_layer', 'n_head', 'n_embd', 'n_iter', 'batch_size',
-                         'gradient_accumulation_steps', 'log_interval'), (1, 2 ** 20))
-RANGES |= dict(vocab_size=(0, 2 ** 24), gate_width=(0, 1024), gate_bias=(-100, 100))
+RANGES |= dict.fromkeys(('block_size', 'n_layer', 'n_embd', 'n_iter', 'batch_size', 'gradient_accumulation_steps',
+                         'log_interval'), (1, 2 ** 20))
+RANGES['gate_bias'] = (-100, 100)
 
-# What nanoGPT and others call our fields
-OTHER_NAMES = dict(
-    lr='learning_rate', min_lr='final_lr', warmup_iters='warmup', max_iters='max_steps', lr_decay_iters='max_steps',
-    epochs='max_steps', eval_iters='eval_tokens', dataset='data_dir', wandb_run_name='out_dir', n_heads='n_head',
-    n_layers='n_layer', d_model='n_embd', hidden_size='n_embd', ctx_len='block_size')
-
-# How the text of --key=value becomes a value of a type
-PARSERS = {int: int, float: float, str: str, bool: {'True': True, 'False': False}.__getitem__,
-           Duration: lambda text: int(text) if text.isdigit() else text}
+# What nanoGPT calls our fields
+OTHER_NAMES = dict(lr='learning_rate', min_lr='final_lr', warmup_iters='warmup', max_iters='max_steps',
+                   lr_decay_iters='max_steps', eval_iters='eval_tokens', dataset='data_dir')
 
 
 def checked(key, value, kind):
-    """The value of a field of TrainConfig, or UsageError for a wrong type and a number out of range."""
+    """The value of a field of TrainConfig, text as what it stands for; UsageError for a wrong type or range."""
+    parse = {int: int, float: float, bool: {'True': True, 'False': False}.__getitem__}.get(kind, str)
+    try:
+        value = parse(value) if isinstance(value, str) else value
+    except (ValueError, KeyError):
+        pass  # the text stays, and is refused
     is_number = type(value) in (int, float)
     right = is_number if kind is float else type(value) in getattr(kind, '__args__', (kind,))
     if not right or value == '':
@@ -147,11 +141,9 @@ def checked(key, value, kind):
 
 def read_config_file(path):
     """The assignments in a config file, a dict. It is Python, so UTF-8 whatever the locale, and it is executed."""
-    path = Path(os.path.expanduser(path))
+    path, names = Path(os.path.expanduser(path)), {}
     if not path.is_file():
-        have = ', '.join(sorted(str(p) for p in Path('config').glob('*.py')))
-        raise UsageError(f'no config file {path}; there are {have}')
-    names = {}
+        raise UsageError(f'there is no config file {path}')
     try:
         exec(compile(path.read_text(encoding='utf-8-sig'), str(path), 'exec'), names)
     except Exception as e:
@@ -160,15 +152,12 @@ def read_config_file(path):
 
 
 def load_config(argv):
-    """TrainConfig from config files and --key=value arguments, in the order given. Raises UsageError.
-
-    The result's attribute `given` is the set of fields that were set.
-    """
+    """TrainConfig from config files and --key=value arguments, in that order; its `given` is the set of fields set."""
+    if '-h' in argv or '--help' in argv:
+        print(__doc__.strip() + '\n\n' + inspect.getsource(TrainConfig).split('\n', 2)[2])
+        raise SystemExit(0)
     kinds, values = {f.name: f.type for f in fields(TrainConfig)}, {}
     for arg in argv:
-        if arg in ('-h', '--help'):
-            print(__doc__.strip() + '\n\n' + inspect.getsource(TrainConfig).split('\n', 2)[2])
-            raise SystemExit(0)
         key, equals, text = arg.removeprefix('--').partition('=')
         if arg.startswith('--') and not equals:
             raise UsageError(f'{arg} has no value: write {arg}=VALUE')
@@ -178,10 +167,6 @@ def load_config(argv):
                 near = OTHER_NAMES.get(key) or ''.join(difflib.get_close_matches(key, kinds, 1))
                 hint = f'did you mean {near!r}?' if near else 'python train.py --help lists the fields'
                 raise UsageError(f'unknown key {key!r} in {arg}, {hint}')
-            try:
-                value = PARSERS[kinds[key]](value) if arg.startswith('--') else value
-            except (ValueError, KeyError):
-                pass  # checked() refuses it
             values[key] = checked(key, value, kinds[key])
     cfg = TrainConfig(**values)
     cfg.given = frozenset(values)
@@ -189,7 +174,7 @@ def load_config(argv):
 
 
 def in_steps(name, duration, tokens_per_step, max_steps=None):
-    """A Duration in steps. max_steps: what '40%' is a part of."""
+    """A Duration in steps, int. max_steps: what '40%' is a part of. Raises UsageError."""
     m = re.fullmatch(r'(\d+\.?\d*(?:e\d+)?)\s*([KMBT]?)\s*(steps|tokens|%|)', str(duration).strip())
     number, unit = (float(m[1]) * 1000 ** ' KMBT'.index(m[2] or ' '), m[3]) if m else (-1, None)
     if unit == 'tokens':
@@ -197,8 +182,8 @@ def in_steps(name, duration, tokens_per_step, max_steps=None):
     elif unit == '%':
         number = -1 if max_steps is None else round(number / 100 * max_steps)
     if not 0 <= number < 2 ** 31 or number % 1:
-        examples = "'1000 steps', '1.2B tokens'" + (" or '40%' of max_steps" if max_steps is not None else '')
-        raise UsageError(f'{name} must be a number of steps, or like {examples}, not {duration!r}')
+        raise UsageError(f"{name} must be a number of steps, or like '1.2B tokens'"
+                         + (" or '40%' of max_steps" if max_steps else '') + f', not {duration!r}')
     return int(number)
 
 
@@ -233,19 +218,18 @@ def get_device(name='auto'):
     with warnings.catch_warnings(record=True) as trouble:  # torch only warns where the driver is too old
         warnings.simplefilter('always')
         has_cuda = torch.cuda.is_available()
-    why = ' (' + str(trouble[0].message).split('. ')[0] + ')' if trouble else ''
     if name == 'auto':
         name = 'cuda' if has_cuda or trouble else 'cpu'
     if not re.fullmatch(r'cpu|mps|cuda(:\d{1,3})?', name):
         raise UsageError(f"device must be 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps', not {name!r}")
     if 'LOCAL_RANK' in os.environ and name not in ('cpu', 'cuda'):
         raise UsageError(f'device is {name}, but under torchrun each process has its own: give --device=cuda')
-    if name == 'mps' and not torch.backends.mps.is_available():
-        raise UsageError('device is mps, but this torch has none: give --device=cpu')
-    if not name.startswith('cuda'):
+    kind = name.partition(':')[0]
+    if not dict(cpu=True, cuda=has_cuda, mps=torch.backends.mps.is_available())[kind]:
+        why = ' (' + str(trouble[0].message).split('. ')[0] + ')' if trouble else ''
+        raise UsageError(f'this torch can use no {name}{why}: give --device=cpu')
+    if kind != 'cuda':
         return torch.device(name)
-    if not has_cuda:
-        raise UsageError(f'device is {name}, but this torch can use no GPU{why}: give --device=cpu')
     device = torch.device('cuda', torch.device(name).index or int(os.environ.get('LOCAL_RANK', 0)))
     if device.index >= torch.cuda.device_count():
         raise UsageError(f'there is no {device}: this torch sees {torch.cuda.device_count()} GPUs')
@@ -259,23 +243,16 @@ def get_autocast(device, dtype='auto'):
 
     dtype: 'float32', 'bfloat16', or 'auto': bfloat16 on a GPU that has it. Raises UsageError where the GPU has none.
     """
-    if dtype not in ('auto', 'float32', 'bfloat16'):
-        raise UsageError(f"dtype must be 'auto', 'float32' or 'bfloat16', not {dtype!r}")
     has_bfloat16 = device.type != 'cuda' or torch.cuda.is_bf16_supported(including_emulation=False)
-    if dtype == 'bfloat16' and not has_bfloat16:
+    if dtype == 'auto':
+        dtype = 'bfloat16' if device.type == 'cuda' and has_bfloat16 else 'float32'
+    if dtype == 'float32':
+        return nullcontext, torch.float32
+    if dtype != 'bfloat16':
+        raise UsageError(f"dtype must be 'auto', 'float32' or 'bfloat16', not {dtype!r}")
+    if not has_bfloat16:
         raise UsageError(f'{torch.cuda.get_device_name(device)} has no bfloat16: give --dtype=float32')
-    if dtype == 'bfloat16' or (dtype == 'auto' and device.type == 'cuda' and has_bfloat16):
-        return partial(torch.autocast, device.type, torch.bfloat16), torch.bfloat16
-    return nullcontext, torch.float32
-
-
-def bfloat16_slowdown():
-    """How many times longer this CPU takes for a matrix product in bfloat16: without AVX-512 it is emulated."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(1024, 1024, dtype=dtype)
-        seconds[dtype] = torch.utils.benchmark.Timer('a @ a', globals=dict(a=a)).timeit(3).mean
-    return seconds[torch.bfloat16] / seconds[torch.float32]
+    return partial(torch.autocast, device.type, torch.bfloat16), torch.bfloat16
 
 
 # -----------------------------------------------------------------------------
@@ -287,9 +264,8 @@ def load_meta(folder):
     try:
         meta = json.loads(path.read_text(encoding='utf-8'))
         np.dtype(meta['dtype']), meta['vocab_size'] + 0, meta['tokenizer'], meta['tokenizer_sha256']
-        for split in ('train', 'val'):
-            for file in meta[split]['files']:
-                file['name'], file['tokens'] + 0, file['sha256']
+        for file in meta['train']['files'] + meta['val']['files']:
+            file['name'], file['tokens'] + 0, file['sha256']
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise UsageError(f'{path} was not written by prepare_data.py ({type(e).__name__}: {e})')
     return meta
@@ -299,42 +275,35 @@ class Windows:
     """A split of a data folder as windows of block_size + 1 tokens, each overlapping the next by one token.
 
     So no token is predicted twice. Training order: epoch e is a permutation of all windows, cut at an offset, both
-    drawn from (seed, e).
+    drawn from (seed, e). n: the number of windows. Raises UsageError for files that do not fit meta.json.
     """
 
     def __init__(self, folder, meta, split, block_size, vocab_size, seed=0):
-        self.block_size, self.vocab_size, self.seed, self.split = block_size, vocab_size, seed, split
-        self.parts, starts = [], [0]
-        dtype = np.dtype(meta['dtype'])
+        self.block_size, self.vocab_size, self.seed = block_size, vocab_size, seed
+        self.files, n_tokens, dtype = [], 0, np.dtype(meta['dtype'])  # files: (first token's number, tokens)
         for file in meta[split]['files']:
             path = Path(folder) / file['name']
             if not path.is_file() or path.stat().st_size != file['tokens'] * dtype.itemsize:
-                raise UsageError(f'{path} is not there, or has not the {file["tokens"]} tokens that meta.json says: '
-                                 'prepare the data again')
-            self.parts.append(np.memmap(path, dtype=dtype, mode='r') if file['tokens'] else np.zeros(0, dtype))
-            starts.append(starts[-1] + file['tokens'])
-        self.starts = np.array(starts)  # of the files, in tokens
-        self.n = (starts[-1] - block_size) // block_size  # one window fewer than fits, so that any offset leaves room
+                raise UsageError(f'{path} is not there, or has not the {file["tokens"]} tokens that meta.json says')
+            if file['tokens']:
+                self.files.append((n_tokens, np.asarray(np.memmap(path, dtype=dtype, mode='r'))))
+            n_tokens += file['tokens']
+        self.n = (n_tokens - block_size) // block_size  # one window fewer than fits, so that any offset leaves room
         if self.n < 1:
-            raise UsageError(f'the {split} split of {folder} has {starts[-1]} tokens, too few for block_size '
+            raise UsageError(f'the {split} split of {folder} has {n_tokens} tokens, too few for block_size '
                              f'{block_size}: give more data, or a smaller --block_size')
         self.epoch = None
 
     def tokens(self, start, length):
         """`length` tokens from `start` on, across file borders: int64."""
-        part = int(np.searchsorted(self.starts, start, side='right')) - 1
-        out = []
-        while length > 0:
-            piece = self.parts[part][start - self.starts[part]:][:length]
-            out.append(piece)
-            start, length, part = start + len(piece), length - len(piece), part + 1
-        return np.concatenate(out).astype(np.int64)
+        pieces = [file[max(0, start - first):max(0, start + length - first)] for first, file in self.files]
+        return np.concatenate(pieces).astype(np.int64)
 
     def batch(self, starts):
         """The windows that begin at these tokens: (B, block_size + 1) int64."""
         x = torch.from_numpy(np.stack([self.tokens(s, self.block_size + 1) for s in starts]))
         if int(x.max()) >= self.vocab_size:
-            raise ValueError(f'the {self.split} data holds token {int(x.max())}, beyond vocab_size {self.vocab_size}: '
+            raise ValueError(f'the data holds token {int(x.max())}, beyond vocab_size {self.vocab_size}: '
                              'it was made with another tokenizer')
         return x
 
@@ -350,31 +319,14 @@ class Windows:
         return self.batch(starts)
 
 
-def read_ahead(read, numbers, depth=4):
-    """Yields read(n) for n in numbers; a thread is up to `depth` of them ahead."""
-    with ThreadPoolExecutor(1) as thread:
-        ahead = deque(thread.submit(read, next(numbers)) for _ in range(depth))
-        while True:
-            yield ahead.popleft().result()
-            ahead.append(thread.submit(read, next(numbers)))
-
-
-def verify(folder, meta, part, parts):
-    """Hash every parts-th token file, from number `part` on, and refuse what meta.json does not know."""
-    for file in [f for split in ('train', 'val') for f in meta[split]['files']][part::parts]:
-        path = Path(folder) / file['name']
-        if file_sha256(path) != file['sha256']:
-            raise UsageError(f'{path} was changed: its sha256 is not the one in meta.json; prepare the data again')
-
-
 # -----------------------------------------------------------------------------
-# The model to begin with, evaluation, checkpoints
+# The model to begin with, optimizer, evaluation, resume
 
 def initial_model(cfg, meta):
     """A new model, or one that starts from trained weights: cfg.init_from, a ckpt.pt or what from_pretrained() takes.
 
     Trained weights bring their settings; those that a config file or the command line gave win over them, but for the
-    shape. Raises UsageError for weights that do not fit.
+    shape. Raises UsageError for weights that do not fit, those of another tokenizer than the data's included.
     """
     settings = {f.name: getattr(cfg, f.name) for f in fields(AdaPonderConfig) if hasattr(cfg, f.name)}
     if cfg.init_from == 'scratch':
@@ -384,40 +336,59 @@ def initial_model(cfg, meta):
         except (RuntimeError, MemoryError) as e:
             raise UsageError(f'a model of this size cannot be made: {model_py.first_line(e)}')
 
-    shape = {k: settings.pop(k) for k in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd')}
-    given = {k: v for k, v in settings.items() if k in cfg.given}
+    given = {k: v for k, v in settings.items() if k in cfg.given and k != 'block_size'}
+    shape = {k: given.pop(k, 0) for k in ('vocab_size', 'n_layer', 'n_head', 'n_embd')}
     path = os.path.expanduser(cfg.init_from)
-    if not path.endswith('.pt'):
-        model = AdaPonderLM.from_pretrained(path, **given)
-        check_tokenizer(path, {}, model.tokenizer_files, cfg, meta)
-    else:
+    if path.endswith('.pt'):
         state = load_checkpoint(path)
-        trained = AdaPonderLM.from_state(state, path)
-        check_tokenizer(path, state.get('meta', {}), Path(path).parent.glob('tokenizer.*'), cfg, meta)
+        trained, tokenizer = AdaPonderLM.from_state(state, path), state.get('meta', {})
         model = AdaPonderLM(replace(trained.cfg, **given))
         if trained.gates and model.gates and trained.cfg.gate_hidden != model.cfg.gate_hidden:
             raise UsageError(f'gate_width is {cfg.gate_width}, but {trained.cfg.gate_width} in {path}: leave it out')
         model.load_state_dict(state['model'], strict=False)  # gates that it lacks start open, those beyond n_iter go
-    for k in ('vocab_size', 'n_layer', 'n_head', 'n_embd'):
-        if k in cfg.given and shape[k] not in (0, getattr(model.cfg, k)):
-            raise UsageError(f'{k} is {shape[k]}, but {getattr(model.cfg, k)} in {path}: leave it out')
+    else:
+        model, tokenizer = AdaPonderLM.from_pretrained(path, **given), {}
+        for file in model.tokenizer_files:
+            if file.name == 'tokenizer.json':
+                tokenizer = dict(tokenizer=file, tokenizer_sha256=file_sha256(file)) | tokenizer
+            elif file.name == 'meta.json':  # save_pretrained() wrote it
+                tokenizer = json.loads(file.read_text(encoding='utf-8'))
+    for k, value in shape.items():
+        if value and value != getattr(model.cfg, k):
+            raise UsageError(f'{k} is {value}, but {getattr(model.cfg, k)} in {path}: leave it out')
+    if tokenizer.get('tokenizer_sha256', meta['tokenizer_sha256']) != meta['tokenizer_sha256']:
+        raise UsageError(f'{path} has another tokenizer than the data in {cfg.data_dir}: prepare the data with '
+                         f'--tokenizer {tokenizer.get("tokenizer")}')
     return model
 
 
-def check_tokenizer(path, theirs, files, cfg, meta):
-    """Refuse weights of one tokenizer with data of another, where we know both: all losses would mean nothing.
+def make_optimizer(cfg, model, device, world, state=None):
+    """AdamW: matrices decay, vectors do not. state: a checkpoint's, of which the moments are taken over."""
+    groups = [dict(params=[p for p in model.parameters() if p.dim() > 1], weight_decay=cfg.weight_decay),
+              dict(params=[p for p in model.parameters() if p.dim() <= 1], weight_decay=0.0)]
+    adamw = dict(lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=device.type in ('cpu', 'cuda'))
+    if cfg.shard_optimizer and world > 1:
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+        optimizer = ZeroRedundancyOptimizer(groups, optimizer_class=torch.optim.AdamW, **adamw)
+    else:
+        optimizer = torch.optim.AdamW(groups, **adamw)
+    if state:  # decay and betas are the config's, which may have changed
+        settings = torch.optim.Optimizer.state_dict(optimizer)['param_groups']
+        optimizer.load_state_dict({**state, 'param_groups': settings})
+    return optimizer
 
-    theirs: the meta.json dict that the weights at `path` came with, or {}; files: the tokenizer files beside them.
+
+def clip_gradients(model, max_norm):
+    """Clip the gradient to max_norm (0: not at all). Returns its norm before that, a scalar tensor.
+
+    Gates that only watch (objective 'saving') are clipped apart, so that they do not shorten the backbone's steps.
     """
-    files = {f.name: f for f in files}
-    if not theirs and 'meta.json' in files:
-        theirs = json.loads(files.pop('meta.json').read_text(encoding='utf-8'))
-    name = theirs.get('tokenizer', 'tokenizer.json')
-    sha256 = theirs.get('tokenizer_sha256') or (file_sha256(files[name]) if name in files else meta['tokenizer_sha256'])
-    if sha256 != meta['tokenizer_sha256']:
-        raise UsageError(f'{path} has another tokenizer than the data in {cfg.data_dir}: prepare data with its own, '
-                         f'"python prepare_data.py PATH ... --tokenizer {files.get(name, name)} --out DIR" '
-                         'and --data_dir=DIR')
+    parts = [], []
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            parts[model.cfg.objective == 'saving' and name.startswith('gates.')].append(p)
+    norms = [torch.nn.utils.clip_grad_norm_(part, max_norm or math.inf) for part in parts if part]
+    return torch.stack(norms).norm()
 
 
 @torch.no_grad()
@@ -425,12 +396,12 @@ def evaluate(model, val, cfg, device, autocast, halting=True, rank=0, world=1):
     """Evaluate on eval_tokens of the val split. halting: whether the gates act.
 
     Returns a dict: loss (nats a token), ppl, depth (mean), active (share of tokens that ran iteration 1 .. n_iter),
-    flops_saved (of inference, against fixed depth), nll_by_depth.
+    flops_saved (of inference, against fixed depth).
     """
     K = model.cfg.n_iter
     n = max(1, min(val.n, cfg.eval_tokens // cfg.block_size))
-    sums = torch.zeros(2, K, dtype=torch.float64)  # tokens and their NLL, by depth; on the CPU: MPS has no float64
     mine = range(rank, n, world)
+    sums = torch.zeros(K + 1, dtype=torch.float64)  # tokens of each depth, and the NLL; on the CPU: MPS has no float64
     execution = 'dense' if cfg.compile and device.type == 'cuda' else 'packed'
     for i in range(0, len(mine), cfg.batch_size):
         starts = [w * val.n // n * cfg.block_size for w in mine[i:i + cfg.batch_size]]
@@ -438,83 +409,17 @@ def evaluate(model, val, cfg, device, autocast, halting=True, rank=0, world=1):
         x = val.batch(starts + padding).to(device)
         with autocast():
             out = model(x[:, :-1], x[:, 1:], execution=execution, halting=halting)
-        d = out.depth[:len(starts)].flatten().cpu() - 1
-        sums[0].index_add_(0, d, torch.ones(len(d), dtype=torch.float64))
-        sums[1].index_add_(0, d, out.nll[:len(starts)].flatten().cpu().double())
+        sums[:K] += torch.bincount(out.depth[:len(starts)].flatten().cpu() - 1, minlength=K)
+        sums[K] += out.nll[:len(starts)].cpu().double().sum()
     if world > 1:
         dist.all_reduce(sums)
-    tokens, nll = sums
-    share, depths, context = tokens / tokens.sum(), torch.arange(1, K + 1), (cfg.block_size + 1) / 2
+    share, loss = sums[:K] / sums[:K].sum(), float(sums[K] / sums[:K].sum())
+    depths, context = torch.arange(1, K + 1), (cfg.block_size + 1) / 2
     fixed = replace(model.cfg, halting=False)  # PonderLM has no gates to pay for, nor have we while they do not act
     flops = (model.cfg if halting else fixed).inference_flops(depths, context)
-    loss = float(nll.sum() / tokens.sum())
     return dict(loss=loss, ppl=math.exp(min(loss, 50)), depth=float((depths * share).sum()),
                 active=[float(share[i:].sum()) for i in range(K)],
-                flops_saved=float(1 - (flops * share).sum() / fixed.inference_flops(K, context)),
-                nll_by_depth=[float(x / c) if c else None for x, c in zip(nll, tokens)])
-
-
-def save_checkpoint(path, state):
-    """Write beside, sync, rename: `path` is whole at any moment, and a full disk costs this checkpoint, not the last.
-
-    Returns whether it was written.
-    """
-    tmp = Path(f'{path}.tmp')
-    try:
-        with open(tmp, 'wb') as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-        return True
-    except (OSError, RuntimeError) as e:  # torch's writer raises RuntimeError
-        tqdm.write(f'checkpoint not written ({e}); the one before stays in place')
-        tmp.unlink(missing_ok=True)
-        return False
-
-
-def check_resume(path, state, cfg, meta, start):
-    """Refuse to go on where the result would be neither the old run nor the new one.
-
-    start: ponder_start in steps. Returns a line for each change that may be made.
-    """
-    if lacks := {'train_config', 'meta', 'optimizer', 'step', 'ponder_start'} - state.keys():
-        raise UsageError(f'{path} lacks {", ".join(sorted(lacks))}: give another --out_dir, or --resume=False')
-    before, now = state['train_config'], asdict(cfg)
-    changed = [k for k in now if before.get(k) != now[k] and k not in ('resume', 'device', 'out_dir')]
-    lasting = {f.name for f in fields(AdaPonderConfig)} | {'seed', 'batch_size', 'gradient_accumulation_steps'}
-    fatal = [k for k in changed if k in lasting]
-    if (start <= state['step']) != (state['ponder_start'] <= state['step']):
-        fatal.append(f'ponder_start ({state["ponder_start"]} steps, now {start}: gates would act at another time)')
-    if {**state['meta'], 'source': 0} != {**meta, 'source': 0}:
-        fatal.append(f'the data in {cfg.data_dir}')
-    if fatal:
-        raise UsageError(f'{path} was trained with other values of {", ".join(fatal)}: '
-                         'give them back, or another --out_dir, or --resume=False')
-    return [f'changed since the checkpoint: {k} = {before.get(k)!r} -> {now[k]!r}' for k in changed]
-
-
-def trim_log(path, step):
-    """Leave in log.jsonl what was written before the checkpoint of this step; a last line may be torn."""
-    valid = []
-    for line in path.read_text(encoding='utf-8').splitlines() if step and path.is_file() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if record['step'] < step + ('loss' in record):  # this step's evaluation is made again
-            valid.append(line + '\n')
-    path.write_text(''.join(valid), encoding='utf-8')
-
-
-def check_same(world, **things):
-    """Refuse processes that run other code or data, or do not see the checkpoint: each would train another model."""
-    ranks = [None] * world
-    dist.all_gather_object(ranks, things)
-    for name in things:
-        if others := [str(r) for r in range(world) if ranks[r][name] != ranks[0][name]]:
-            raise UsageError(f'process {", ".join(others)} has another {name} than process 0: '
-                             'all nodes need the same files, on a shared disk or copied')
+                flops_saved=float(1 - (flops * share).sum() / fixed.inference_flops(K, context)))
 
 
 def closing_sample(model, cfg, val, meta, data_dir):
@@ -533,95 +438,51 @@ def closing_sample(model, cfg, val, meta, data_dir):
     return visible(f'{enc.decode(prompt)}|{enc.decode(new)}')
 
 
+def check_resume(path, state, cfg, meta, start):
+    """The lines to print on changes that may be made on a resume; UsageError for those that may not."""
+    if lacks := {'train_config', 'meta', 'optimizer', 'step', 'ponder_start'} - state.keys():
+        raise UsageError(f'{path} lacks {", ".join(sorted(lacks))}: give another --out_dir, or --resume=False')
+    before, now = state['train_config'], asdict(cfg)
+    changed = [k for k in now if str(before.get(k)) != str(now[k]) and k not in ('resume', 'device', 'out_dir')]
+    lasting = {f.name for f in fields(AdaPonderConfig)} | {'seed', 'batch_size', 'gradient_accumulation_steps'}
+    fatal = [k for k in changed if k in lasting]
+    if (start <= state['step']) != (state['ponder_start'] <= state['step']):  # gates would act at another time
+        fatal.append(f'ponder_start ({state["ponder_start"]} steps, now {start})')
+    if {**state['meta'], 'source': 0} != {**meta, 'source': 0}:
+        fatal.append(f'the data in {cfg.data_dir}')
+    if fatal:
+        raise UsageError(f'{path} was trained with other values of {", ".join(fatal)}: '
+                         'give them back, or another --out_dir, or --resume=False')
+    return [*(f'changed since the checkpoint: {k} = {before.get(k)} -> {now[k]}' for k in changed),
+            f'going on from {path} at step {state["step"]}']
+
+
+def trim_log(path, step):
+    """Leave in log.jsonl what was written up to the checkpoint of this step; lines may be torn."""
+    valid = []
+    for line in path.read_text(encoding='utf-8').splitlines() if step and path.is_file() else []:
+        try:
+            if json.loads(line)['step'] <= step:
+                valid.append(line + '\n')
+        except ValueError:
+            pass
+    write_beside(path, ''.join(valid).encode())
+
+
 # -----------------------------------------------------------------------------
 # Training
-
-def prepare_folders(cfg, master):
-    """Make out_dir and, where it is missing, the default data. Returns both folders, and out_dir's lock, to be held."""
-    data_dir, out_dir = (Path(os.path.expanduser(p)) for p in (cfg.data_dir, cfg.out_dir))
-    has_data = (data_dir / 'meta.json').is_file()
-    if os.path.realpath(data_dir) == os.path.realpath(out_dir):
-        raise UsageError(f'out_dir and data_dir are both {out_dir}: give the run a folder of its own')
-    if not has_data and (cfg.init_from != 'scratch' or cfg.data_dir != TrainConfig.data_dir):
-        raise UsageError(f'no data in {data_dir}: make it with "python prepare_data.py PATH ... --tokenizer TOKENIZER '
-                         f'--out {data_dir}", or give --data_dir=DIR')
-    if not master:
-        return data_dir, out_dir, None
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UsageError(f'out_dir {out_dir} cannot be made ({e.strerror}): give another --out_dir')
-    check_writable(out_dir / 'ckpt.pt')
-    held = lock(out_dir)
-    if not has_data:
-        prepare(['stdlib'], data_dir)
-    return data_dir, out_dir, held
-
-
-def make_optimizer(cfg, model, device, world):
-    """AdamW: matrices decay, vectors do not."""
-    groups = [dict(params=[p for p in model.parameters() if p.dim() > 1], weight_decay=cfg.weight_decay),
-              dict(params=[p for p in model.parameters() if p.dim() <= 1], weight_decay=0.0)]
-    adamw = dict(lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=device.type in ('cpu', 'cuda'))
-    if cfg.shard_optimizer and world > 1:
-        from torch.distributed.optim import ZeroRedundancyOptimizer
-        return ZeroRedundancyOptimizer(groups, optimizer_class=torch.optim.AdamW, **adamw)
-    return torch.optim.AdamW(groups, **adamw)
-
-
-def load_optimizer(optimizer, state):
-    """Take over the moments of a checkpoint, but none of its settings: those are the config's."""
-    settings = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, values in zip(optimizer.param_groups, settings):
-        group.update(values)
-
-
-def clip_gradients(model, max_norm):
-    """Clip the gradient to max_norm (0: not at all). Returns its norm before that, a scalar tensor.
-
-    Gates that only watch (objective 'saving') are clipped apart, so that they do not shorten the backbone's steps.
-    """
-    parts = [], []
-    for name, p in model.named_parameters():
-        if p.grad is not None:
-            parts[model.cfg.objective == 'saving' and name.startswith('gates.')].append(p)
-    norms = [torch.nn.utils.clip_grad_norm_(part, max_norm or math.inf) for part in parts if part]
-    return torch.stack(norms).norm()
-
-
-def gate_statistics(out, tau):
-    """Of each gate, for the tokens that reached it in one micro-batch: mean value, and share under tau."""
-    values = [s.detach().float() for index, s, on, h in out.records if on is not None]  # None: no gate ran
-    return dict(gate_mean=[float(s.mean()) for s in values],
-                gate_under_tau=[float((s < tau).float().mean()) for s in values])
-
-
-def start_wandb(cfg, run_id):
-    """Begin a run of Weights & Biases, or go on in the run run_id. Returns (its log function, its id)."""
-    try:
-        import wandb
-    except ImportError:
-        raise UsageError('wandb_log needs wandb: pip install wandb')
-    out_dir = Path(os.path.expanduser(cfg.out_dir))
-    run = wandb.init(project=cfg.wandb_project, name=out_dir.name, dir=str(out_dir), config=asdict(cfg), id=run_id,
-                     resume='allow' if run_id else None)
-    return wandb.log, run.id
-
 
 def train(cfg):
     """The whole training. Returns the exit code: 0, 1 if it gave up or could not save, 128 + a signal that came."""
     # processes, as torchrun describes them, and the device
-    world, rank, local_rank = (int(os.environ.get(*v)) for v in (('WORLD_SIZE', 1), ('RANK', 0), ('LOCAL_RANK', 0)))
+    world, local_world = (int(os.environ.get(name, 1)) for name in ('WORLD_SIZE', 'LOCAL_WORLD_SIZE'))
+    rank, local_rank = (int(os.environ.get(name, 0)) for name in ('RANK', 'LOCAL_RANK'))
     master = rank == 0
-    print0 = tqdm.write if master else lambda text: None
+    print0 = partial(print, flush=True) if master else lambda text: None
     device = get_device(cfg.device)
     autocast, dtype = get_autocast(device, cfg.dtype)
-    if cfg.execution not in ('dense', 'packed'):
-        raise UsageError(f"execution must be 'dense' or 'packed', not {cfg.execution!r}")
     if cfg.gradient_accumulation_steps % world:
-        raise UsageError(f'gradient_accumulation_steps ({cfg.gradient_accumulation_steps}) must be a multiple of the '
-                         f'number of processes ({world})')
+        raise UsageError(f'gradient_accumulation_steps must be a multiple of the number of processes, {world}')
 
     # durations, in steps
     tokens_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size
@@ -631,23 +492,45 @@ def train(cfg):
         for name in ('ponder_start', 'ponder_full', 'freeze_backbone', 'warmup', 'eval_interval', 'ckpt_interval'))
 
     # data; the other processes wait for process 0, which may have to prepare it, in init_process_group
-    data_dir, out_dir, held = prepare_folders(cfg, master)
+    data_dir, out_dir = (Path(os.path.expanduser(p)) for p in (cfg.data_dir, cfg.out_dir))
+    has_data = (data_dir / 'meta.json').is_file()
+    if os.path.realpath(data_dir) == os.path.realpath(out_dir):
+        raise UsageError(f'out_dir and data_dir are both {out_dir}: give the run a folder of its own')
+    if not has_data and (cfg.init_from != 'scratch' or cfg.data_dir != TrainConfig.data_dir):
+        raise UsageError(f'no data in {data_dir}: run "python prepare_data.py PATH ... --out {data_dir}"')
+    if master:
+        with suppress(OSError):
+            out_dir.mkdir(parents=True, exist_ok=True)
+        check_writable(out_dir / 'ckpt.pt')  # says what is wrong with out_dir
+        held = lock(out_dir)  # held until this function returns
+        if not has_data:
+            prepare(['stdlib'], data_dir)
     ckpt_path, log_path = out_dir / 'ckpt.pt', out_dir / 'log.jsonl'
     resuming = cfg.resume and ckpt_path.is_file()
     if world > 1:
         dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo')
         files = {'train.py': Path(__file__), 'model.py': Path(model_py.__file__), 'meta.json': data_dir / 'meta.json'}
-        hashes = {name: path.is_file() and file_sha256(path) for name, path in files.items()}
-        check_same(world, **hashes, config=repr(cfg), checkpoint=resuming and ckpt_path.stat().st_size)
+        mine = {name: path.is_file() and file_sha256(path) for name, path in files.items()}
+        mine |= dict(config=repr(cfg), checkpoint=resuming and ckpt_path.stat().st_size)
+        ranks = [None] * world
+        dist.all_gather_object(ranks, mine)
+        for name in mine:  # processes that differ in these would each train another model
+            if any(other[name] != ranks[0][name] for other in ranks):
+                raise UsageError(f'not all processes have the same {name}: all nodes need the same files')
     meta = load_meta(data_dir)
-    if cfg.verify_data:
-        verify(data_dir, meta, local_rank, int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+    if cfg.verify_data:  # the processes of a node share the files out
+        for file in (meta['train']['files'] + meta['val']['files'])[local_rank::local_world]:
+            if file_sha256(data_dir / file['name']) != file['sha256']:
+                raise UsageError(f'{data_dir / file["name"]} was changed: its sha256 is not the one in meta.json')
 
     # model
     torch.manual_seed(cfg.seed)
-    state = load_checkpoint(ckpt_path) if resuming else {}
-    changes = check_resume(ckpt_path, state, cfg, meta, ponder_start) if resuming else []
-    model = AdaPonderLM.from_state(state, ckpt_path) if resuming else initial_model(cfg, meta)
+    if resuming:
+        state = load_checkpoint(ckpt_path)
+        changes = check_resume(ckpt_path, state, cfg, meta, ponder_start)
+        model = AdaPonderLM.from_state(state, ckpt_path)
+    else:
+        state, changes, model = {}, [], initial_model(cfg, meta)
     if cfg.block_size > model.cfg.block_size or meta['vocab_size'] > model.cfg.vocab_size:
         raise UsageError(f'the model takes {model.cfg.block_size} tokens of a vocabulary of {model.cfg.vocab_size}; '
                          f'block_size is {cfg.block_size}, the data has {meta["vocab_size"]} token ids')
@@ -657,69 +540,54 @@ def train(cfg):
     schedule = HaltingSchedule(model.cfg, max_steps, ponder_start, ponder_full, cfg.k_max, cfg.ponder_lambda,
                                cfg.explore, freeze, cfg.seed)
     if model.gates and ponder_full < schedule.acting < max_steps:
-        raise UsageError(f'ponder_full (step {ponder_full}) lies before step {schedule.acting}, where gates begin to '
-                         'act: ponder_start, and freeze_backbone after it')
+        raise UsageError(f'ponder_full (step {ponder_full}) lies before step {schedule.acting}, where gates act first')
     print0(f'{sum(p.numel() for p in model.parameters()):,} parameters, {tokens_per_step:,} tokens a step, '
-           f'{max_steps:,} steps, {train_data.n * cfg.block_size:,} train tokens, {device}, '
-           f'{world} process{"es" if world > 1 else ""}')
-    if dtype is torch.bfloat16 and device.type == 'cpu' and (slowdown := bfloat16_slowdown()) > 2:
-        print0(f'this CPU multiplies matrices {slowdown:.0f} times more slowly in bfloat16: give --dtype=float32')
+           f'{max_steps:,} steps, {train_data.n * cfg.block_size:,} train tokens, {device}, processes: {world}')
+    if device.type == 'cpu' and dtype is torch.bfloat16 and torch.backends.cpu.get_cpu_capability() == 'AVX2':
+        print0('a CPU without AVX-512 is slow in bfloat16: give --dtype=float32')
 
-    # optimizer, resume
-    optimizer = make_optimizer(cfg, model, device, world)
+    # optimizer, resume, log
+    optimizer = make_optimizer(cfg, model, device, world, state.get('optimizer'))
     step, wandb_id = state.get('step', 0), state.get('wandb_id')
-    if resuming:
-        load_optimizer(optimizer, state['optimizer'])
-        for line in (*changes, f'going on from {ckpt_path} at step {step}'):
-            print0(line)
-    del state
-    wandb_log = None
+    for line in changes:
+        print0(line)
+    del state  # a second model and optimizer in memory
     if master:
         trim_log(log_path, step)
         for name in ('meta.json', 'tokenizer.tiktoken', 'tokenizer.json'):  # so that sampling needs nothing but out_dir
             if (data_dir / name).is_file():
                 shutil.copyfile(data_dir / name, out_dir / name)
         if cfg.wandb_log:
-            wandb_log, wandb_id = start_wandb(cfg, wandb_id)
+            wandb = optional('wandb', '--wandb_log=True')
+            run = wandb.init(project=cfg.wandb_project, name=out_dir.name, dir=str(out_dir), config=asdict(cfg),
+                             id=wandb_id, resume='allow' if wandb_id else None)
+            wandb_id = run.id
     if cfg.compile and device.type == 'cuda':
         torch._dynamo.config.optimize_ddp = False  # blocks are compiled one by one, there is no graph to split
         torch._dynamo.config.recompile_limit = 64  # all blocks share about ten graphs: stages, evaluation, with a mask
         for block in model.blocks:
             block.compile()
 
-    def learning(step):
-        """What learns at this step. Gates that neither act nor learn yet stay out of the optimizer and of DDP."""
-        if not model.gates:
-            return 'all'
-        if step < ponder_start:
-            return 'all' if model.cfg.objective == 'saving' else 'backbone'
-        return 'gates' if step < ponder_start + freeze else 'all'
-
-    def largest(number):
-        """The largest of all processes' numbers, so that they decide alike."""
-        number = torch.tensor(number)
-        if world > 1:
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-        return int(number)
-
     def checkpoint():
-        """Save everything that a resume needs. False if it could not be written."""
+        """Write all that a resume needs beside ckpt.pt, sync, rename: a full disk costs this one, not the last."""
         if not isinstance(optimizer, torch.optim.AdamW):
             optimizer.consolidate_state_dict(to=0)
-        return not master or save_checkpoint(ckpt_path, dict(
-            adaponder=1, config=asdict(model.cfg), model=model.state_dict(), optimizer=optimizer.state_dict(),
-            step=step, meta=meta, train_config=asdict(cfg), ponder_start=ponder_start, wandb_id=wandb_id))
-
-    def log(record):
         if not master:
-            return
+            return True
+        tmp = ckpt_path.with_name('ckpt.pt.tmp')
         try:
-            with open(log_path, 'a', encoding='utf-8') as f:
-                f.write(json.dumps(record) + '\n')
-        except OSError as e:
-            print0(f'{log_path} not written ({e})')
-        if wandb_log:
-            wandb_log(record, step=record['step'])
+            with open(tmp, 'wb') as f:
+                torch.save(dict(adaponder=1, config=asdict(model.cfg), model=model.state_dict(), step=step, meta=meta,
+                                optimizer=optimizer.state_dict(), train_config=asdict(cfg), ponder_start=ponder_start,
+                                wandb_id=wandb_id), f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(tmp, ckpt_path)
+            return True
+        except (OSError, RuntimeError) as e:  # torch's writer raises RuntimeError
+            print0(f'checkpoint not written ({e}); the one before stays in place')
+            tmp.unlink(missing_ok=True)
+            return False
 
     stop_signals = []  # of Ctrl-C and SIGTERM: drop the step, save, leave; a second Ctrl-C leaves at once
 
@@ -729,41 +597,30 @@ def train(cfg):
     handlers = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def read(n):
-        """Micro-batch number n of the run, in memory that a GPU can copy from while it computes."""
+        """Micro-batch number n of the run, on its way to the device."""
         x = train_data.train_batch(n, cfg.batch_size)
-        return x.pin_memory() if device.type == 'cuda' else x
+        return x.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else x.to(device)
     n_micro = cfg.gradient_accumulation_steps // world  # micro-batches a step of this process
-    micro_batches = read_ahead(read, count(step * cfg.gradient_accumulation_steps + rank, world))
+    number = step * cfg.gradient_accumulation_steps + rank  # of the micro-batch in the run, whatever the processes
+    x = read(number)
     # a gate that no token reaches has no gradient, but DDP waits for one, and AdamW must see 0 alike on all processes
     maybe_idle = [p for part in (model.gates, model.ln_ponder) for p in part.parameters()]
     peak = gpu_peak(torch.cuda.get_device_name(device), dtype) if device.type == 'cuda' else None
-    net, learns, stopped_by, bad_steps, saved = model, None, 0, 0, True
-    seconds, logged_step, first_step = 0.0, step, step
-    bar = tqdm(total=max_steps, initial=step, disable=None if master else True, dynamic_ncols=True, smoothing=0.05)
+    phase, bad_steps, saved, seconds, logged_step = None, 0, True, 0.0, step
 
-    while True:
-        # evaluate
-        acting = bool(model.gates) and step >= schedule.acting
-        if (eval_interval and step % eval_interval == 0 and step > 0) or step >= max_steps:
-            result = evaluate(model, val_data, cfg, device, autocast, acting, rank, world)
-            active = ' '.join(f'{a:.0%}' for a in result['active'])
-            print0(f'step {step}: val loss {result["loss"]:.4f}, ppl {result["ppl"]:.3f}, '
-                   f'mean depth {result["depth"]:.2f} of {model.cfg.n_iter}, ran iteration 1..: {active}, '
-                   f'inference FLOPs saved {result["flops_saved"]:.1%}')
-            log(dict(step=step, tokens=step * tokens_per_step, **{f'val_{k}': v for k, v in result.items()}))
-        if step >= max_steps:
-            break
-
-        # who learns, and how fast
-        if learns != learning(step):
-            learns = learning(step)
+    while step < max_steps:
+        # what learns, and how fast
+        old_phase, phase = phase, 'all'
+        if model.gates and ponder_start <= step < ponder_start + freeze:
+            phase = 'gates'
+        elif model.gates and step < ponder_start and model.cfg.objective == 'paper':
+            phase = 'backbone'  # gates that neither act nor learn yet stay out of the optimizer and of DDP
+        if phase != old_phase:
             for name, p in model.named_parameters():
-                p.requires_grad_(learns == 'all' or (learns == 'gates') == name.startswith('gates.'))
-                p.grad = None
+                p.requires_grad_(phase == 'all' or (phase == 'gates') == name.startswith('gates.'))
             net = model  # let go of the old DDP first: its hooks leave with it
             if world > 1:
-                gpus = [device] if device.type == 'cuda' else None
-                net = DDP(model, device_ids=gpus, gradient_as_bucket_view=True)
+                net = DDP(model, gradient_as_bucket_view=True)
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / max_steps)))
         lr = cfg.learning_rate * min(1.0, (step + 1) / max(1, warmup)) * (cfg.final_lr + (1 - cfg.final_lr) * cosine)
         for group in optimizer.param_groups:
@@ -773,27 +630,33 @@ def train(cfg):
         started = time.time()
         sums = torch.zeros(4, device=device)  # cross entropy, gates' loss, depth, halted
         for j in range(n_micro):
-            if stopped_by := largest(max(stop_signals, default=0)):
+            stopped_by = torch.tensor(max(stop_signals, default=0))
+            if world > 1:  # a signal to one process stops all of them
+                dist.all_reduce(stopped_by, dist.ReduceOp.MAX)
+            if stopped_by:
                 break
-            x = next(micro_batches).to(device, non_blocking=True)
-            micro = j * world + rank  # the same micro-batch has the same number however many processes there are
+            micro = j * world + rank
             with net.no_sync() if world > 1 and j + 1 < n_micro else nullcontext():
                 with autocast():
                     out = net(x[:, :-1], x[:, 1:], execution=cfg.execution, **schedule.at(step, micro))
                 loss = out.loss + 0 * sum(p.sum() for p in maybe_idle)
                 (loss / n_micro).backward()
             halted = schedule.halted(step, out.depth, micro)
-            numbers = out.ce_loss.detach(), out.ponder_loss.detach(), out.depth.float().mean(), halted
-            sums += torch.stack(numbers) / n_micro
+            sums += torch.stack([out.ce_loss.detach(), out.ponder_loss.detach(), out.depth.float().mean(), halted])
+            number += world
+            x = read(number)  # while the GPU computes
         if stopped_by:
             saved = checkpoint()
-            break
+            then = f'the same command goes on from {ckpt_path}' if saved else 'not saved'
+            print0(f'stopped at step {step}; {then}')
+            return 128 + int(stopped_by) if saved else 1  # what waits for a finished run (&&, afterok) must not start
 
         # update; the numbers of the step come to the CPU in one go
         norm = clip_gradients(model, cfg.grad_clip)
         if world > 1:
             dist.all_reduce(sums)
-        loss, gate_loss, depth, halted, norm = torch.cat([sums / world, norm[None].to(sums)]).tolist()
+        sums /= cfg.gradient_accumulation_steps
+        loss, gate_loss, depth, halted, norm = torch.cat([sums, norm[None].to(sums)]).tolist()
         if math.isfinite(norm):  # after DDP's sum a bad rank shows on all ranks: they agree without asking
             optimizer.step()
             schedule.update(step, halted=halted)
@@ -804,51 +667,54 @@ def train(cfg):
         optimizer.zero_grad(set_to_none=True)
         step += 1
         seconds += time.time() - started
-        bar.update()
 
-        # log
+        # log, evaluate
+        record = {}
         if step % cfg.log_interval == 0 or step == max_steps:
             speed = (step - logged_step) * tokens_per_step / seconds
+            to_go = timedelta(seconds=round((max_steps - step) * tokens_per_step / speed))
             # FLOPs a token: backward takes twice those of forward, or once for gates alone
-            cfg_run = replace(model.cfg, halting=bool(model.gates) and learns != 'backbone')
+            cfg_run = replace(model.cfg, halting=bool(model.gates) and phase != 'backbone')
             depth_run = depth if cfg.execution == 'packed' else model.cfg.n_iter
-            flops = cfg_run.inference_flops(depth_run, (cfg.block_size + 1) / 2) * (2 if learns == 'gates' else 3)
+            flops = cfg_run.inference_flops(depth_run, (cfg.block_size + 1) / 2) * (2 if phase == 'gates' else 3)
             mfu = speed * flops / (peak * world) if peak else None
-            line = f'loss {loss:.3f} depth {depth:.2f} {speed / 1e3:.1f}k tok/s' + (f' MFU {mfu:.0%}' if mfu else '')
-            bar.set_postfix_str(line)
-            if bar.disable:  # not on a terminal: plain lines, the first one with the time to go
-                to_go = tqdm.format_interval((max_steps - step) * seconds / (step - logged_step))
-                print0(f'step {step}: {line}' + (f', about {to_go} to go' if logged_step == first_step else ''))
-            log(dict(step=step, tokens=step * tokens_per_step, loss=loss, gate_loss=gate_loss, depth=depth,
-                     halted=halted, lr=lr, k=schedule.k(step - 1), tau=model.cfg.tau, grad_norm=norm,
-                     tokens_per_second=speed, mfu=mfu, **gate_statistics(out, model.cfg.tau)))
+            print0(f'step {step}: loss {loss:.3f}, depth {depth:.2f}, {speed / 1e3:.1f}k tok/s, '
+                   + (f'MFU {mfu:.0%}, ' if mfu else '') + f'{to_go} to go')
+            # of each gate, for the tokens that reached it in the last micro-batch: mean value, and share under tau
+            gates = [s.detach().float() for index, s, on, h in out.records if on is not None]
+            record |= dict(loss=loss, gate_loss=gate_loss, depth=depth, halted=halted, lr=lr, k=schedule.k(step - 1),
+                           tau=model.cfg.tau, grad_norm=norm, tokens_per_second=speed, mfu=mfu,
+                           gate_mean=[float(s.mean()) for s in gates],
+                           gate_under_tau=[float((s < model.cfg.tau).float().mean()) for s in gates])
             seconds, logged_step = 0.0, step
+        if (eval_interval and step % eval_interval == 0) or step == max_steps:
+            acting = bool(model.gates) and step >= schedule.acting
+            result = evaluate(model, val_data, cfg, device, autocast, acting, rank, world)
+            print0(f'step {step}: val loss {result["loss"]:.4f}, ppl {result["ppl"]:.3f}, mean depth '
+                   f'{result["depth"]:.2f} of {model.cfg.n_iter}, inference FLOPs saved {result["flops_saved"]:.1%}')
+            record |= {f'val_{k}': v for k, v in result.items()}
+        if record and master:
+            record = dict(step=step, tokens=step * tokens_per_step, **record)
+            try:
+                with open(log_path, 'a', encoding='utf-8') as f:
+                    f.write(json.dumps(record) + '\n')
+            except OSError as e:
+                print0(f'{log_path} not written ({e})')
+            if cfg.wandb_log:
+                wandb.log(record, step=step)
         if bad_steps == 10:
-            print0('ten steps in a row without a finite gradient: stopped; try a smaller learning_rate'
-                   + (f'; {ckpt_path} holds the last good state' if ckpt_path.is_file() else ''))
-            saved = False
-            break
+            print0(f'stopped: no finite gradient in ten steps, try a smaller learning_rate; {ckpt_path} is from before')
+            return 1
         if (ckpt_interval and step % ckpt_interval == 0 and not bad_steps) or step == max_steps:
             saved = checkpoint()
 
     # leave
-    bar.close()
-    micro_batches.close()
     for s, handler in handlers.items():
         signal.signal(s, handler)
-    if stopped_by:
-        print0(f'stopped at step {step}' + (f'; the same command goes on from {ckpt_path}' if saved else ', not saved'))
-    elif master and bad_steps < 10:
-        halted = sum(1 - a for a in result['active'][1:]) / max(1, model.cfg.n_iter - 1)
-        print0(f'\n{out_dir}: val loss {result["loss"]:.4f} nats/token (perplexity {result["ppl"]:.3f}), mean depth '
-               f'{result["depth"]:.2f} of {model.cfg.n_iter}, {halted:.1%} of the iterations after the first halted, '
-               f'inference FLOPs saved against fixed depth: {result["flops_saved"]:.1%}')
-        print0(f'see how long it thought about each token: python sample.py --ckpt {ckpt_path} --depth')
-        if cfg.sample_tokens:
-            print0('\n' + closing_sample(model, cfg, val_data, meta, data_dir) + '\n')
-    if not saved:
-        return 1
-    return 128 + stopped_by if stopped_by else 0  # what waits for a finished run (&&, afterok) must not start
+    print0(f'see how long it thought about each token: python sample.py --ckpt {ckpt_path} --depth\n')
+    if master and cfg.sample_tokens:
+        print0(closing_sample(model, cfg, val_data, meta, data_dir))
+    return 0 if saved else 1
 
 
 def end_processes():
@@ -859,9 +725,8 @@ def end_processes():
 
 
 def main(argv=None):
-    cfg = load_config(sys.argv[1:] if argv is None else argv)
     try:
-        code = train(cfg)
+        code = train(load_config(sys.argv[1:] if argv is None else argv))
     except torch.cuda.OutOfMemoryError:
         raise UsageError('the GPU has too little memory: lower batch_size and raise gradient_accumulation_steps, '
                          'or give --remat=True, and --shard_optimizer=True with several')

@@ -178,12 +178,25 @@ def cached_attention(q, k, v, kv, at):
     return y.view_as(q), kv
 
 
+class Linear(nn.Linear):
+    def forward(self, x):
+        """For up to eight tokens of a decoding step on a CPU the product is made in eight parts: BLAS would give a
+        matrix-vector product to one thread, which takes 2.5 times as long."""
+        tokens = x.numel() // x.size(-1)
+        few = 1 <= tokens <= 8 and x.device.type == 'cpu' and not torch.is_grad_enabled()
+        if not few or self.out_features % 8 or torch.is_autocast_enabled('cpu'):
+            return super().forward(x)
+        y = torch.bmm(self.weight.unflatten(0, (8, -1)), x.reshape(tokens, -1).t().expand(8, -1, -1))
+        y = y.view(-1, tokens).t().reshape(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
 class Attention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.n_head = cfg.n_head
-        self.qkv = nn.Linear(cfg.n_embd, 3 * cfg.n_embd)  # rows in GPT-NeoX's order: for each head its q, k, v
-        self.proj = nn.Linear(cfg.n_embd, cfg.n_embd)
+        self.qkv = Linear(cfg.n_embd, 3 * cfg.n_embd)  # rows in GPT-NeoX's order: for each head its q, k, v
+        self.proj = Linear(cfg.n_embd, cfg.n_embd)
 
     def forward(self, x, rope, attend, kv, at):
         q, k, v = self.qkv(x).unflatten(-1, (self.n_head, -1)).chunk(3, dim=-1)  # (..., nh, hs) each
@@ -194,8 +207,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, n_in, n_hidden, n_out):
         super().__init__()
-        self.fc = nn.Linear(n_in, n_hidden)
-        self.proj = nn.Linear(n_hidden, n_out)
+        self.fc = Linear(n_in, n_hidden)
+        self.proj = Linear(n_hidden, n_out)
 
     def forward(self, x):
         return self.proj(F.gelu(self.fc(x)))
@@ -319,7 +332,7 @@ class AdaPonderLM(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.ln_f = nn.LayerNorm(cfg.n_embd, eps=cfg.norm_eps)
         self.ln_ponder = Affine(cfg.n_embd) if cfg.ponder_norm and cfg.n_iter > 1 else nn.Identity()
-        self.unembed = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
+        self.unembed = Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         self.gates = nn.ModuleList()
         self.init_weights()  # before the gates are there: networks of one seed begin alike, with and without them
         if cfg.halting:
@@ -387,12 +400,10 @@ class AdaPonderLM(nn.Module):
 
     def head(self, h):
         """Logits h U^T. h: (N, d) -> (N, vocab)."""
-        if not self.few(h):
+        if not self.few(h) or len(h) <= 8:
             return self.unembed(h)
         U = self.unembed.weight.unflatten(0, (64, -1))
-        if len(h) > 8:
-            return torch.bmm(h.expand(64, -1, -1), U.mT).transpose(0, 1).flatten(1)
-        return torch.bmm(U, h.t().expand(64, -1, -1)).flatten(0, 1).t()  # for one to eight tokens this order is faster
+        return torch.bmm(h.expand(64, -1, -1), U.mT).transpose(0, 1).flatten(1)
 
     def expect(self, logits):
         """softmax(logits) V, the expected embedding of the next token; overwrites logits. (N, vocab) -> (N, d)."""
@@ -413,11 +424,12 @@ class AdaPonderLM(nn.Module):
         h, chunks, learns = self.ln_ponder(h), self.chunks(h), torch.is_grad_enabled()
         if self.cfg.feedback == 'hidden':
             return h
-        if learns and chunks > 1 and self.on_cpu(h):
-            # softmax(h U^T) V is attention of h over the vocabulary: training with torch's kernel takes 3/4 of the time
+        many = len(h) * self.cfg.vocab_size > 2 ** 21
+        if many and self.on_cpu(h) and not self.few(h):
+            # softmax(h U^T) V is attention of h over the vocabulary: torch's kernel takes 3/4 of the time in training
             U, V = (table.weight.to(h.dtype)[None, None] for table in (self.unembed, self.embed))
             return F.scaled_dot_product_attention(h[None, None], U, V, scale=1.0)[0, 0] * self.cfg.embed_scale
-        if learns and len(h) * self.cfg.vocab_size > 2 ** 21:  # recompute the logits in backward, do not keep them
+        if learns and many:  # recompute the logits in backward, do not keep them
             parts = [checkpoint(lambda x: self.expect(self.head(x)), x, use_reentrant=False) for x in h.chunk(chunks)]
         else:
             parts = [self.expect(self.head(x)) for x in h.chunk(chunks)]

@@ -424,12 +424,11 @@ class AdaPonderLM(nn.Module):
         h, chunks, learns = self.ln_ponder(h), self.chunks(h), torch.is_grad_enabled()
         if self.cfg.feedback == 'hidden':
             return h
-        many = len(h) * self.cfg.vocab_size > 2 ** 21
-        if many and self.on_cpu(h) and not self.few(h):
+        if chunks > 1 and self.on_cpu(h):
             # softmax(h U^T) V is attention of h over the vocabulary: torch's kernel takes 3/4 of the time in training
             U, V = (table.weight.to(h.dtype)[None, None] for table in (self.unembed, self.embed))
             return F.scaled_dot_product_attention(h[None, None], U, V, scale=1.0)[0, 0] * self.cfg.embed_scale
-        if learns and many:  # recompute the logits in backward, do not keep them
+        if learns and len(h) * self.cfg.vocab_size > 2 ** 21:  # recompute the logits in backward, do not keep them
             parts = [checkpoint(lambda x: self.expect(self.head(x)), x, use_reentrant=False) for x in h.chunk(chunks)]
         else:
             parts = [self.expect(self.head(x)) for x in h.chunk(chunks)]

@@ -116,7 +116,7 @@ RANGES = dict.fromkeys(('k_max', 'explore', 'tau', 'final_lr'), (0, 1))
 RANGES |= dict.fromkeys(('beta1', 'beta2'), (0, 0.999999))
 RANGES |= dict.fromkeys(('block_size', 'n_layer', 'n_embd', 'n_iter', 'batch_size', 'gradient_accumulation_steps',
                          'log_interval'), (1, 2 ** 20))
-RANGES['gate_bias'] = (-100, 100)
+RANGES |= dict(n_layer=(1, 1024), n_iter=(1, 1024), gate_bias=(-100, 100))
 
 # What nanoGPT calls our fields
 OTHER_NAMES = dict(lr='learning_rate', min_lr='final_lr', warmup_iters='warmup', max_iters='max_steps',

@@ -2215,7 +2215,7 @@ def test_scores_against_their_definitions(kind):
 
 
 def test_convergence_exits_of_a_token_that_halts():
-    """The score of iteration i compares with the same token's prediction after i - 1, whoever has halted in between."""
+    """The score of iteration i compares with the same token's prediction after i - 1, also where others halted in between."""
     m, x = tiny(halting=False), val_windows()
     got = torch.zeros(6, 32, 3, dtype=torch.float64)
     bench.measure(m, x, OPTIONS, bench.threshold_policy(bench.convergence_score(m), record=got))

@@ -150,18 +150,30 @@ def dense_attention(q, k, v, kv, at):
 
 
 def packed_attention(q, k, v, kv, at):
-    """The tokens with flat indices at[1] (N,) run. q, k, v: (N, nh, hs), kv: two (B, T, nh, hs).
+    """The tokens with flat indices at[1] (N,) run, in rising order. q, k, v: (N, nh, hs), kv: two (B, T, nh, hs).
 
-    Their queries are put at their places, because a causal kernel over whole sequences beats a masked one over some.
+    On a GPU their queries are put at their places, because a causal kernel over whole sequences beats a masked one over
+    some; on a CPU a masked kernel runs 128 of them at a time, against the keys up to the last of these.
     """
     index = at[1]
     if index is None:  # the first iteration: q, k, v are (B, T, nh, hs)
         return dense_attention(q, k, v, None, None)
     shape = kv[0].shape
     k, v = (old.flatten(0, 1).index_copy(0, index, new.to(old.dtype)).view(shape) for old, new in zip(kv, (k, v)))
-    q = torch.zeros_like(k).flatten(0, 1).index_copy(0, index, q.to(k.dtype)).view(shape)
-    y, kv = dense_attention(q, k, v, None, None)
-    return y.flatten(0, 1).index_select(0, index), kv
+    q = q.to(k.dtype)
+    if q.device.type != 'cpu':
+        q = torch.zeros_like(k).flatten(0, 1).index_copy(0, index, q).view(shape)
+        y, kv = dense_attention(q, k, v, None, None)
+        return y.flatten(0, 1).index_select(0, index), kv
+
+    y, counts = [], torch.bincount(index // shape[1], minlength=shape[0]).tolist()  # counts: of each sequence
+    for K, V, its_q, its_pos in zip(k, v, q.split(counts), (index % shape[1]).split(counts)):
+        for some_q, pos in zip(its_q.split(128), its_pos.split(128)):
+            n = int(pos[-1]) + 1 if len(pos) else 0
+            mask = pos[:, None] >= torch.arange(n)
+            args = (t.transpose(0, 1)[None] for t in (some_q, K[:n], V[:n]))  # (1, nh, 128 or n, hs)
+            y.append(F.scaled_dot_product_attention(*args, attn_mask=mask)[0].transpose(0, 1))
+    return torch.cat(y), (k, v)
 
 
 def cached_attention(q, k, v, kv, at):
@@ -178,16 +190,25 @@ def cached_attention(q, k, v, kv, at):
     return y.view_as(q), kv
 
 
+def few_tokens(x, size, parts):
+    """Whether x (..., d) are the few tokens of a decoding step on a CPU, and `size` can be cut into parts.
+
+    There a product is made in parts, because BLAS would give a matrix-vector product to one thread: it would take 2.5
+    times as long, and one with the vocabulary up to 4 times.
+    """
+    few = x.device.type == 'cpu' and 1 <= x.numel() // x.size(-1) <= parts
+    return few and size % parts == 0 and not torch.is_grad_enabled() and not torch.is_autocast_enabled('cpu')
+
+
 class Linear(nn.Linear):
+    parts = 8
+
     def forward(self, x):
-        """For up to eight tokens of a decoding step on a CPU the product is made in eight parts: BLAS would give a
-        matrix-vector product to one thread, which takes 2.5 times as long."""
-        tokens = x.numel() // x.size(-1)
-        few = 1 <= tokens <= 8 and x.device.type == 'cpu' and not torch.is_grad_enabled()
-        if not few or self.out_features % 8 or torch.is_autocast_enabled('cpu'):
+        if not few_tokens(x, self.out_features, self.parts):
             return super().forward(x)
-        y = torch.bmm(self.weight.unflatten(0, (8, -1)), x.reshape(tokens, -1).t().expand(8, -1, -1))
-        y = y.view(-1, tokens).t().reshape(*x.shape[:-1], -1)
+        x_t = x.flatten(0, -2).t()  # (d, tokens)
+        y = torch.bmm(self.weight.unflatten(0, (self.parts, -1)), x_t.expand(self.parts, -1, -1))
+        y = y.flatten(0, 1).t().unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias
 
 
@@ -333,6 +354,7 @@ class AdaPonderLM(nn.Module):
         self.ln_f = nn.LayerNorm(cfg.n_embd, eps=cfg.norm_eps)
         self.ln_ponder = Affine(cfg.n_embd) if cfg.ponder_norm and cfg.n_iter > 1 else nn.Identity()
         self.unembed = Linear(cfg.n_embd, cfg.vocab_size, bias=False)
+        self.unembed.parts = 64
         self.gates = nn.ModuleList()
         self.init_weights()  # before the gates are there: networks of one seed begin alike, with and without them
         if cfg.halting:
@@ -391,26 +413,12 @@ class AdaPonderLM(nn.Module):
         """Where h is. A method, so that bench.py plan can count what a GPU would hold on tensors without values."""
         return h.device.type == 'cpu'
 
-    def few(self, h):
-        """Whether h (N, d) are the few tokens of a decoding step on a CPU.
-
-        There a product with the vocabulary is made in 64 parts, which takes a quarter to two thirds of the time.
-        """
-        return self.on_cpu(h) and len(h) <= 64 and self.cfg.vocab_size % 64 == 0 and not torch.is_grad_enabled()
-
-    def head(self, h):
-        """Logits h U^T. h: (N, d) -> (N, vocab)."""
-        if not self.few(h) or len(h) <= 8:
-            return self.unembed(h)
-        U = self.unembed.weight.unflatten(0, (64, -1))
-        return torch.bmm(h.expand(64, -1, -1), U.mT).transpose(0, 1).flatten(1)
-
     def expect(self, logits):
         """softmax(logits) V, the expected embedding of the next token; overwrites logits. (N, vocab) -> (N, d)."""
         p, V = logits.to(torch.promote_types(logits.dtype, torch.float32)), self.embed.weight
         p = p.sub_(p.detach().amax(-1, keepdim=True)).exp_()
         z, p = p.sum(-1, keepdim=True), p.to(V.dtype)
-        if self.few(p):
+        if few_tokens(p, len(V), 64):
             return torch.bmm(p.unflatten(1, (64, -1)).transpose(0, 1), V.unflatten(0, (64, -1))).sum(0) / z
         return p @ V / z
 
@@ -429,9 +437,9 @@ class AdaPonderLM(nn.Module):
             U, V = (table.weight.to(h.dtype)[None, None] for table in (self.unembed, self.embed))
             return F.scaled_dot_product_attention(h[None, None], U, V, scale=1.0)[0, 0] * self.cfg.embed_scale
         if learns and len(h) * self.cfg.vocab_size > 2 ** 21:  # recompute the logits in backward, do not keep them
-            parts = [checkpoint(lambda x: self.expect(self.head(x)), x, use_reentrant=False) for x in h.chunk(chunks)]
+            parts = [checkpoint(lambda x: self.expect(self.unembed(x)), x, use_reentrant=False) for x in h.chunk(chunks)]
         else:
-            parts = [self.expect(self.head(x)) for x in h.chunk(chunks)]
+            parts = [self.expect(self.unembed(x)) for x in h.chunk(chunks)]
         return torch.cat(parts) * self.cfg.embed_scale
 
     def iterate(self, idx, attend, kvs=None, policy=None, tau=None, max_iter=None, halting=True, start=0, cache=None):
@@ -621,7 +629,7 @@ class AdaPonderLM(nn.Module):
             else:
                 out = self.decode(idx[:, -1:], cache, idx.size(1) - 1 - start, **kw)
             u = torch.rand(len(idx), generator=generator)
-            token = sample(self.head(out.hidden[:, -1]), u, temperature, top_k, top_p)
+            token = sample(self.unembed(out.hidden[:, -1]), u, temperature, top_k, top_p)
             idx = torch.cat([idx, token[:, None]], dim=1)
         return idx
 

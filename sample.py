@@ -97,7 +97,7 @@ class Engine:
         out = self.model.prefill(idx, cache, policy=policy, tau=self.tau, max_iter=self.max_iter)
         slot.pos, slot.iteration = len(tokens) - 1, int(out.depth[0, -1]) - 1
         slot.gates = out.gates[0, -1, :min(slot.iteration + 1, len(out.records))].tolist()
-        return self.model.head(out.hidden[:, -1])
+        return self.model.unembed(out.hidden[:, -1])
 
     def step(self, active):
         """One iteration of each slot's token. Returns the slots whose tokens halted and their logits (N, vocab)."""
@@ -120,7 +120,7 @@ class Engine:
         # tokens that halted get logits, the others a pondering embedding, which begins with logits too: one product,
         # the largest of a step, makes both
         going, halted = goes_on.nonzero()[:, 0], (~goes_on).nonzero()[:, 0]
-        logits = model.head(torch.where(goes_on[:, None], model.ln_ponder(h), h))  # (N, vocab)
+        logits = model.unembed(torch.where(goes_on[:, None], model.ln_ponder(h), h))  # (N, vocab)
         if model.cfg.feedback == 'hidden':
             e = model.ponder(h[going])
         else:

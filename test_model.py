@@ -330,7 +330,7 @@ def test_pondering_embedding_and_its_gradients(vocab, N, chunks, ponder_norm, de
     with torch.no_grad():
         for n in (1, 2, 64, N):  # those of a decoding step on a CPU go in parts
             assert (m.ponder(h[:n]) - plain[:n]).abs().max() < 1e-10
-            assert (m.head(h[:n]) - h[:n] @ U.t()).abs().max() < 1e-10
+            assert (m.unembed(h[:n]) - h[:n] @ U.t()).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize('device', DEVICES)
@@ -476,19 +476,27 @@ def count_flops(fn):
                                 dict(halting=False), dict(feedback='hidden', n_iter=3), dict(n_iter=1)])
 @torch.no_grad()
 def test_flop_formula_equals_the_counter(kw):
-    m = tiny(torch.float32, block_size=128, **kw)
-    cfg, x = m.cfg, random_tokens(1, 128, seed=10)
+    m = tiny(torch.float32, block_size=200, **kw)
+    cfg, x = m.cfg, random_tokens(1, 200, seed=10)
     for halt in (dict(tau=0.0), dict(policy=random_policy(0.5))):
-        depth = m(x, **halt).depth[0].tolist()
-        # attention is counted apart, since it computes the queries of the whole sequence: 4 T^2 d a layer and iteration
-        want = max(depth) * cfg.n_layer * 4 * 128 * 128 * cfg.n_embd + sum(cfg.inference_flops(n, 0) for n in depth)
+        depth = m(x, **halt).depth[0]
+        # attention is counted apart: the first iteration computes all pairs of a query and a key, and so do the others
+        # where no token can halt; else they go by runs of 128 queries, with the keys up to the last of these
+        pairs = 200 * 200
+        for i in range(1, int(depth.max())):
+            active = (depth > i).nonzero()[:, 0].tolist()
+            if not cfg.halting and 'policy' not in halt:
+                pairs += 200 * 200
+            else:
+                pairs += sum(len(run) * (max(run, default=0) + 1) for run in (active[:128], active[128:]))
+        want = cfg.n_layer * 4 * pairs * cfg.n_embd + sum(cfg.inference_flops(n, 0) for n in depth.tolist())
         assert count_flops(lambda: m(x, x, execution='packed', **halt)) == want
 
     cache = m.new_cache(1, 101)
     m.prefill(x[:, :100], cache)
     for n in range(1, cfg.n_iter + 1):
         for halt in (dict(tau=0.0, max_iter=n), dict(policy=lambda i, s, h, row, pos: row + n > i + 1)):
-            got = count_flops(lambda: m.head(m.decode(x[:, 100:101], cache, 100, **halt).hidden[:, -1]))
+            got = count_flops(lambda: m.unembed(m.decode(x[:, 100:101], cache, 100, **halt).hidden[:, -1]))
             assert got == cfg.inference_flops(n, 101, halt.get('max_iter'))
 
 

@@ -539,8 +539,8 @@ def plan(a):
     price = '' if a.price is None else f', ${hours * a.price:,.0f}'
 
     # what each GPU holds all the time, and a micro-batch at its peak; two sizes tell how much each sequence adds
-    bfloat16, shards = t.dtype != 'float32', a.gpus if t.shard_optimizer else 1
-    memory = dict(weights=4 * P, gradients=4 * P, optimizer=8 * P / shards)
+    bfloat16 = t.dtype != 'float32'
+    memory = dict(weights=4 * P, gradients=4 * P, optimizer=8 * P)
     memory['activations'], twice = (activation_memory(cfg, n * t.batch_size, bfloat16, t.remat) for n in (1, 2))
     each = (twice - memory['activations']) / t.batch_size
     need, room = sum(memory.values()), 0.92e9 * gigabytes  # the rest for CUDA's context and fragments

@@ -19,6 +19,7 @@ import math
 import os
 import shutil
 import tempfile
+import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -792,9 +793,12 @@ def load_checkpoint(path, map_location='cpu'):
     if not os.path.isfile(path):
         raise FileNotFoundError(f'no checkpoint at {path}: train one with python train.py config/tiny.py')
     try:
+        with zipfile.ZipFile(path) as file:
+            if damaged := file.testzip():  # torch writes checksums and does not read them
+                raise ValueError(f'the checksum of {damaged} is wrong')
         state = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as e:  # torch raises many kinds, from zipfile's to pickle's
-        raise ValueError(f'{path} is not a readable checkpoint ({type(e).__name__})') from None
+        raise ValueError(f'{path} is not a readable checkpoint ({first_line(e)})') from None
     if not isinstance(state, dict) or not {'adaponder', 'config', 'model'} <= state.keys():
         raise ValueError(f'{path} is a checkpoint of another project')
     return state

@@ -1753,7 +1753,7 @@ for port, what, argv in json.loads(sys.argv[1]):
         n += torch.is_grad_enabled()
         if rank == '1' and what == 'killed' and n == 17 and first:  # step 8, gates alone
             os.kill(os.getpid(), signal.SIGKILL)
-        if rank == '1' and what == 'sharded' and n == 16:
+        if rank == '1' and what == 'remat' and n == 16:
             os.kill(os.getpid(), signal.SIGTERM)
         out = forward(self, *args, **kw)
         if rank == '1' and what == 'nan' and n == 8:
@@ -1777,7 +1777,7 @@ print('codes', codes)
     idle = dict(objective='saving', gate_bias=-3.0, tau=0.9, explore=0.0, k_max=1.0, ponder_start=0, ponder_full=1,
                 freeze_backbone=0, ponder_norm=True, execution='packed')
     runs = dict(killed={}, config=dict(learning_rate='RANK.5'), data=dict(data_dir=tmp_path / 'dataRANK'), nan={},
-                sharded=dict(shard_optimizer=True, remat=True), saving=dict(SAVING, execution='packed'), idle=idle)
+                remat=dict(remat=True), saving=dict(SAVING, execution='packed'), idle=idle)
     runs = [(free_port(), name, arguments(**{'data_dir': trained / 'data', 'out_dir': tmp_path / name, **kw}))
             for name, kw in runs.items()]
     torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max-restarts=1']
@@ -1798,9 +1798,9 @@ print('codes', codes)
     state = load_checkpoint(tmp_path / 'idle/ckpt.pt')
     assert depths[0] == 3 and depths[10] == 1 and len(state['optimizer']['state']) == len(state['model'])
     assert {int(s['step']) for s in state['optimizer']['state'].values()} == {20}
-    assert load_checkpoint(tmp_path / 'sharded/ckpt.pt')['step'] == 8
-    assert run_train(trained / 'data', tmp_path / 'sharded') == 0  # goes on with AdamW, in one process
-    assert all(distance(tmp_path / name, trained / 'out') < 1e-9 for name in ('killed', 'sharded'))
+    assert load_checkpoint(tmp_path / 'remat/ckpt.pt')['step'] == 8
+    assert run_train(trained / 'data', tmp_path / 'remat') == 0  # goes on with AdamW, in one process
+    assert all(distance(tmp_path / name, trained / 'out') < 1e-9 for name in ('killed', 'remat'))
     for two, one in (('killed', trained / 'out'), ('saving', tmp_path / 'one_saving')):
         for a, b in zip(read_log(tmp_path / two), read_log(one), strict=True):
             keys = {'step', 'tokens', 'loss', 'gate_loss', 'depth', 'halted', 'grad_norm', 'val_loss', 'val_depth'}
@@ -1947,16 +1947,10 @@ def test_a_config_changed_on_resume_acts_or_is_refused(trained, tmp_path, capsys
 
 
 @pytest.mark.parametrize('change', [
-    dict(optimizer=[1]), dict(optimizer=dict(state={}, param_groups=[])), dict(optimizer=dict(state=[])),
-    dict(train_config=[1]), dict(step='3'), dict(ponder_start=None), dict(meta=None), dict(meta=[1]),
-    *[dict(moment=m) for m in (None, [1], {}, dict(exp_avg=torch.zeros(2)), dict(step=torch.zeros(7)))]])
+    dict(optimizer=[1]), dict(optimizer=dict(state=[])),
+    dict(train_config=[1]), dict(step='3'), dict(ponder_start=None), dict(meta=None), dict(meta=[1])])
 def test_a_damaged_checkpoint_is_refused(trained, tmp_path, change):
     state = load_checkpoint(trained / 'out/ckpt.pt')
-    if 'moment' in change:
-        moments, moment = state['optimizer']['state'], change.pop('moment')
-        moments[0] = {**moments[0], **moment} if moment and isinstance(moment, dict) else moment
-        if moment is None:
-            del moments[0]
     torch.save({**state, **change}, tmp_path / 'ckpt.pt')
     refused('ckpt.pt is damaged or of another version', trained / 'data', tmp_path, max_steps=21)
     if change == dict(meta=[1]):
@@ -2159,6 +2153,12 @@ def test_checkpoints_that_cannot_be_read_are_refused(tmp_path):
         write()
         with pytest.raises(ValueError, match=words):
             AdaPonderLM.from_checkpoint(path)
+    save()
+    data = bytearray(path.read_bytes())
+    data[data.index(m.embed.weight.numpy(force=True).tobytes()) + 9] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match='checksum'):
+        AdaPonderLM.from_checkpoint(path)
     save()
     again = AdaPonderLM.from_checkpoint(path)
     assert again.cfg == m.cfg and torch.equal(again(x).logits, m(x).logits)
@@ -2418,7 +2418,7 @@ def test_plan_knows_the_peak_of_a_step(kw, bf16, remat, tmp_path):
 
 
 def test_plan_arithmetic(tmp_path, capsys):
-    file = shape_file(tmp_path / 'a.py', gradient_accumulation_steps=16, max_steps='1M tokens', shard_optimizer=True)
+    file = shape_file(tmp_path / 'a.py', gradient_accumulation_steps=16, max_steps='1M tokens')
     got = run_bench('plan', '--config', file, '--gpu', 'A100', '--gpus', 8, '--mfu', 0.5, '--price', 2)
     P = sum(p.numel() for p in AdaPonderLM(AdaPonderConfig(**got['config'])).parameters())
     d, L, V, T, K = 64, 2, 500, 128, 4
@@ -2428,7 +2428,7 @@ def test_plan_arithmetic(tmp_path, capsys):
     hours = 3 * forward * tokens / (312e12 * 0.5) / 3600
     assert abs(got['gpu_hours'] / hours - 1) < 1e-9 and f'${2 * hours:,.0f}' in capsys.readouterr().out
     memory = got['memory']
-    assert memory['weights'] == memory['gradients'] == 4 * P and memory['optimizer'] == P
+    assert memory['weights'] == memory['gradients'] == 4 * P == memory['optimizer'] / 2
     assert got['peak_memory'] == sum(memory.values()) and got['largest_batch_size'] > 2
     big = shape_file(tmp_path / 'b.py', vocab_size=2048, block_size=2048, n_layer=4, n_head=8, n_embd=512,
                      batch_size=64, gradient_accumulation_steps=8)

@@ -106,7 +106,6 @@ class TrainConfig:
     compile: bool = True              # torch.compile the blocks; on cuda only
     execution: str = 'dense'          # 'dense' runs halted tokens and masks them, 'packed' skips them: same function
     remat: bool = False               # recompute each iteration in backward: the memory of one, for one more forward
-    shard_optimizer: bool = False     # ZeroRedundancyOptimizer: optimizer state split over the processes
 
     given = frozenset()               # the fields that a config file or the command line set; no field itself
 
@@ -381,19 +380,14 @@ def initial_model(cfg, meta):
     return model
 
 
-def make_optimizer(cfg, model, device, world, state=None):
+def make_optimizer(cfg, model, device, state=None):
     """AdamW: matrices decay, vectors do not. state: a checkpoint's, of which the moments are taken over."""
     groups = [dict(params=[p for p in model.parameters() if p.dim() > 1], weight_decay=cfg.weight_decay),
               dict(params=[p for p in model.parameters() if p.dim() <= 1], weight_decay=0.0)]
-    adamw = dict(lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=device.type in ('cpu', 'cuda'))
-    if cfg.shard_optimizer and world > 1:
-        from torch.distributed.optim import ZeroRedundancyOptimizer
-        optimizer = ZeroRedundancyOptimizer(groups, optimizer_class=torch.optim.AdamW, **adamw)
-    else:
-        optimizer = torch.optim.AdamW(groups, **adamw)
+    optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
+                                  fused=device.type in ('cpu', 'cuda'))
     if state:  # decay and betas are the config's, which may have changed
-        settings = torch.optim.Optimizer.state_dict(optimizer)['param_groups']
-        optimizer.load_state_dict({**state, 'param_groups': settings})
+        optimizer.load_state_dict({**state, 'param_groups': optimizer.state_dict()['param_groups']})
     return optimizer
 
 
@@ -475,25 +469,6 @@ def check_resume(path, state, cfg, meta, start):
                          'give them back, or another --out_dir, or --resume=False')
     return [*(f'changed since the checkpoint: {k} = {before.get(k)} -> {now[k]}' for k in changed),
             f'going on from {path} at step {state["step"]}']
-
-
-def check_moments(path, model, state):
-    """Raise UsageError unless the checkpoint has AdamW's moments of this model: other shapes would crash torch.
-
-    The gates, or the backbone, may have none at all: until they learn for the first time.
-    """
-    moments, has_moments = state['optimizer']['state'], dict(gates=set(), backbone=set())
-    parameters = sorted(model.named_parameters(), key=lambda item: item[1].dim() <= 1)  # as in make_optimizer()
-    fits = True
-    for i, (name, p) in enumerate(parameters):
-        has_moments['gates' if name.startswith('gates.') else 'backbone'].add(i in moments)
-        if i in moments:
-            check_types(path, moments[i], exp_avg=torch.Tensor, exp_avg_sq=torch.Tensor, step=torch.Tensor)
-            shapes = [moments[i][key].shape for key in ('exp_avg', 'exp_avg_sq', 'step')]
-            fits = fits and shapes == [p.shape, p.shape, ()]
-    if not fits or {True, False} in has_moments.values() or (state['step'] and not moments):
-        raise UsageError(f"{path} is damaged or of another version (the optimizer's moments are not the model's): "
-                         'give another --out_dir, or --resume=False')
 
 
 def trim_log(path, step):
@@ -588,7 +563,6 @@ def train(cfg):
         state = load_checkpoint(ckpt_path)
         changes = check_resume(ckpt_path, state, cfg, meta, ponder_start)
         model = AdaPonderLM.from_state(state, ckpt_path)
-        check_moments(ckpt_path, model, state)
     else:
         state, changes, model = {}, [], initial_model(cfg, meta)
     if cfg.block_size > model.cfg.block_size or meta['vocab_size'] > model.cfg.vocab_size:
@@ -611,7 +585,7 @@ def train(cfg):
         print0('a CPU without AVX-512 is slow in bfloat16: give --dtype=float32')
 
     # optimizer, resume, log
-    optimizer = make_optimizer(cfg, model, device, world, state.get('optimizer'))
+    optimizer = make_optimizer(cfg, model, device, state.get('optimizer'))
     step, wandb_id = state.get('step', 0), state.get('wandb_id')
     for line in changes:
         print0(line)
@@ -634,8 +608,6 @@ def train(cfg):
 
     def checkpoint():
         """Write all that a resume needs beside ckpt.pt, sync, rename: a full disk costs this one, not the last."""
-        if not isinstance(optimizer, torch.optim.AdamW):
-            optimizer.consolidate_state_dict(to=0)
         if not master:
             return True
         tmp = ckpt_path.with_name('ckpt.pt.tmp')
@@ -801,7 +773,7 @@ def main(argv=None):
             code = train(cfg)
     except torch.cuda.OutOfMemoryError:
         raise UsageError('the GPU has too little memory: lower batch_size and raise gradient_accumulation_steps, '
-                         'or give --remat=True, and --shard_optimizer=True with several')
+                         'or give --remat=True')
     except UsageError:  # all of these are raised before the first step, so no other process waits for this one's
         end_processes()
         raise

@@ -23,4 +23,3 @@ eval_interval = '5%'
 eval_tokens = 2**21
 ckpt_interval = '1%'
 remat = True
-shard_optimizer = True

@@ -250,6 +250,15 @@ def estimate(samples):
     return float(np.mean(samples)), float(np.std(samples, ddof=1) / math.sqrt(len(samples)))
 
 
+def rank_correlation(x, y):
+    """Spearman's: the correlation of the ranks of two tensors of equal shape, equal values at their mean rank."""
+    ranks = []
+    for values in (x, y):
+        _, inverse, counts = np.unique(values.flatten().numpy(), return_inverse=True, return_counts=True)
+        ranks.append((counts.cumsum() - (counts - 1) / 2)[inverse])
+    return float(np.corrcoef(*ranks)[0, 1]) if min(r.std() for r in ranks) > 0 else math.nan
+
+
 # -----------------------------------------------------------------------------
 # ppl: perplexity of halting policies at equal FLOPs
 
@@ -268,8 +277,11 @@ def compare_policies(model, x, a, kinds, targets, name):
         rows.append(dict(model=name, policy=policy, setting=setting, flops=flops_spent(cost, depth),
                          depth=float(depth.double().mean()), nll=mean, nll_error=error, ppl=math.exp(mean),
                          windows=windows))
+    nll_at = []
     for d in range(1, K + 1):  # without halting, but stopped after d iterations
-        add('fixed depth', f'max_iter {d}', *measure(model, x, a, tau=0.0, max_iter=d), cost_table(model.cfg, T, d))
+        depth, nll = measure(model, x, a, tau=0.0, max_iter=d)
+        add('fixed depth', f'max_iter {d}', depth, nll, cost_table(model.cfg, T, d))
+        nll_at.append(nll)
 
     for setting, kind in tqdm([(s, k) for s in targets for k in kinds], desc=name, leave=False):
         target = targets[setting]
@@ -283,6 +295,7 @@ def compare_policies(model, x, a, kinds, targets, name):
             policy = scheduled_policy(kind, cost.mean(0), target, a.seed)
         depth, nll = measure(model, x, a, policy)
         add(kind, setting, depth, nll, cost)
+        rows[-1]['rank_correlation'] = rank_correlation(depth, nll_at[0] - nll_at[-1])
         if kind == 'learned':
             targets[setting] = rows[-1]['flops']
             active = [float((depth > i).double().mean()) for i in range(1, K)]
@@ -357,7 +370,7 @@ def ppl(a):
 KEYS = dict(rows=('group', 'model', 'policy', 'setting'), depths=('group', 'model', 'depth'))  # what names a row
 FORMS = dict(
     rows=dict(model='{}', policy='{}', setting='{}', seeds='{}', flops='{:.4g}', saved='{:.1%}', depth='{:.2f}',
-              nll='{:.4f}', ppl='{:.3f}', over_learned='{:+.4f}'),
+              nll='{:.4f}', ppl='{:.3f}', over_learned='{:+.4f}', rank_correlation='{:.2f}'),
     depths=dict(model='{}', depth='{}', seeds='{}', share='{:.1%}', nll='{:.3f}'))
 
 
@@ -385,8 +398,8 @@ def mean_over_seeds(found):
 def tables(groups):
     """Of each group its policies at equal FLOPs, and the tokens of its models by depth, as text."""
     text = ('NLL in nats a token; saved: inference FLOPs, against fixed depth without gates; over learned: NLL minus '
-            'that of the learned gates at the same FLOPs. ±: standard deviation over seeds; of one seed the standard '
-            'error over windows.\n')
+            'that of the learned gates at the same FLOPs; rank correlation: of depth with what iterations 2 .. K save '
+            'a token. ±: standard deviation over seeds; of one seed the standard error over windows.\n')
     for group, means in groups.items():
         text += '\n'.join([f'\n## {group}\n', *(table(rows, FORMS[kind]) for kind, rows in means.items())])
     return text
@@ -405,7 +418,7 @@ def results(a):
             text = tables(groups)
             names = [(row['seed'], *(row[key] for key in KEYS['rows'])) for row in found['rows']]
             for kind, rows in found.items():  # what the tables and the pictures show
-                if any(FORMS[kind].keys() - row.keys() - {'seeds', 'over_learned'} for row in rows):
+                if any(FORMS[kind].keys() - row.keys() - {'seeds', 'over_learned', 'rank_correlation'} for row in rows):
                     raise KeyError(kind)
             if not names:
                 raise KeyError('rows')

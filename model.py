@@ -191,21 +191,21 @@ def cached_attention(q, k, v, kv, at):
     return y.view_as(q), kv
 
 
-def few_tokens(x, size, parts):
-    """Whether x (..., d) are the few tokens of a decoding step on a CPU, and `size` can be cut into parts.
+def few_tokens(x, weight, parts):
+    """Whether x (..., d) are the few tokens of a decoding step on a CPU, and a large weight that can be cut into parts.
 
     There a product is made in parts, because BLAS would give a matrix-vector product to one thread: it would take 2.5
     times as long, and one with the vocabulary up to 4 times.
     """
-    few = x.device.type == 'cpu' and 1 <= x.numel() // x.size(-1) <= parts
-    return few and size % parts == 0 and not torch.is_grad_enabled() and not torch.is_autocast_enabled('cpu')
+    few = x.device.type == 'cpu' and weight.numel() >= 2 ** 17 and 1 <= x.numel() // x.size(-1) <= parts
+    return few and len(weight) % parts == 0 and not torch.is_grad_enabled() and not torch.is_autocast_enabled('cpu')
 
 
 class Linear(nn.Linear):
     parts = 8
 
     def forward(self, x):
-        if not few_tokens(x, self.out_features, self.parts):
+        if not few_tokens(x, self.weight, self.parts):
             return super().forward(x)
         x_t = x.flatten(0, -2).t()  # (d, tokens)
         y = torch.bmm(self.weight.unflatten(0, (self.parts, -1)), x_t.expand(self.parts, -1, -1))
@@ -419,7 +419,7 @@ class AdaPonderLM(nn.Module):
         p, V = logits.to(torch.promote_types(logits.dtype, torch.float32)), self.embed.weight
         p = p.sub_(p.detach().amax(-1, keepdim=True)).exp_()
         z, p = p.sum(-1, keepdim=True), p.to(V.dtype)
-        if few_tokens(p, len(V), 64):
+        if few_tokens(p, V, 64):
             return torch.bmm(p.unflatten(1, (64, -1)).transpose(0, 1), V.unflatten(0, (64, -1))).sum(0) / z
         return p @ V / z
 

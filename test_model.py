@@ -187,15 +187,14 @@ def test_three_executions_equal_the_naive_reference(kw, precision, device):
 
 @pytest.mark.parametrize('kw', [PAPER, SAVES])
 def test_all_tokens_may_halt_at_once(kw):
-    m = AdaPonderLM(AdaPonderConfig(vocab_size=50304, block_size=16, n_layer=1, n_head=2, n_embd=16, **kw))
-    x = random_tokens(2, 5, vocab=50304)
+    m, x = tiny(vocab_size=50304, n_layer=1, n_embd=16, **kw), random_tokens(2, 5)
     for execution, grad, y in itertools.product(('dense', 'packed'), (True, False), (x, torch.full_like(x, -100))):
         with torch.set_grad_enabled(grad):
-            out = m(x, y, execution=execution, tau=0.999, k=0.5)
+            out = m(x, y, execution=execution, tau=0.9999, k=0.5)
         assert (out.depth == 1).all() and len(out.records) == 1 and torch.isfinite(out.loss)
         if grad:
             out.loss.backward()
-    assert (cached(m, x, 2, tau=0.999).depth == 1).all() and m.generate(x, 3, tau=0.999).shape == (2, 8)
+    assert (cached(m, x, 2, tau=0.9999).depth == 1).all()
 
 
 def test_initialisation():
@@ -208,13 +207,12 @@ def test_initialisation():
     assert all(torch.equal(p, m.state_dict()[name]) for name, p in plain.state_dict().items())
     std = math.sqrt(2 / (5 * 128))
     for name, p in plain.named_parameters():
-        if p.dim() == 1:  # ln_ponder, too, begins as nothing
+        if p.dim() == 1:
             assert (p == (1.0 if 'ln' in name and 'weight' in name else 0.0)).all(), name
         else:  # a normal distribution cut at 3 sigma has 0.987 of sigma
             want = std / math.sqrt(2 * 3 * 4) if name.endswith('proj.weight') else std
             assert abs(p.std().item() / (0.9866 * want) - 1) < 0.03 and 2.9 < p.abs().max() / want <= 3.0001, name
-    out = m(random_tokens(2, 8))
-    assert (out.gates - 1 / (1 + math.exp(-2.5))).abs().max() < 1e-6 and (out.depth == 4).all()
+    assert (m(random_tokens(2, 8)).gates - 1 / (1 + math.exp(-2.5))).abs().max() < 1e-6
     assert not list(AdaPonderLM(replace(cfg, n_iter=1)).ln_ponder.parameters())  # one iteration hands on nothing
 
 
@@ -257,14 +255,13 @@ def test_gradients_are_finite_differences_on_every_execution(kw, device):
 def test_paper_loss_is_the_mean_of_the_smallest(k):
     """Of all gate values: a halted token's later gates count with the state it halted with."""
     m, x = tiny(**PAPER), random_tokens(2, 16, seed=4)
-    for rate in (0.0, 0.3, 1.0):
+    for rate, execution in itertools.product((0.0, 0.3, 1.0), ('dense', 'packed')):
         policy = random_policy(rate)
         smallest = np.sort([naive(m, x[b].tolist(), b, policy)[3] for b in range(2)], axis=None)
         n = k * len(smallest)
         want = (smallest[:int(n)].sum() + smallest[int(n)] * (n - int(n))) / n
-        for execution in ('dense', 'packed'):
-            out = m(x, x, k=k, policy=policy, execution=execution, ponder_lambda=0.7)
-            assert abs(out.ponder_loss - want) < 1e-12 and abs(out.loss - out.ce_loss - 0.7 * want) < 1e-12
+        out = m(x, x, k=k, policy=policy, execution=execution, ponder_lambda=0.7)
+        assert abs(out.ponder_loss - want) < 1e-12 and abs(out.loss - out.ce_loss - 0.7 * want) < 1e-12
     assert m(x, x, k=0.0).ponder_loss == 0 and m(x, x, k=k, halting=False).ponder_loss == 0
 
 
@@ -353,74 +350,62 @@ def test_cross_entropy_and_its_gradients(chunks, frozen, device):
         assert (torch.autograd.grad(total, low)[0] - want[0][2:] / 3).abs().max() < bound * 10
 
 
-# generation
+def engine_runs(m, prompts, new, **kw):
+    """The Steps that the batch engine makes for each prompt."""
+    made = [[] for _ in prompts]
+    for step in stream(m, prompts, new, **kw):
+        made[step.seq].append(step)
+    return made
+
+
+def of_prompt(policy, n):
+    """For the model, whose rows start at 0: the policy as the engine asks it, where a prompt's row is its number n."""
+    return policy and (lambda i, s, h, row, pos: policy(i, s, h, row + n, pos))
+
 
 @pytest.mark.parametrize('kw', [dict(temperature=0), dict(top_k=20, top_p=0.8), dict(policy=random_policy(0.5)),
                                 dict(max_iter=3), dict(tau=0.5, temperature=0.7)])
-@pytest.mark.parametrize('config', [{}, dict(objective='saving', tau=0.3, ponder_norm=True), dict(feedback='hidden'),
-                                    dict(halting=False)])
+@pytest.mark.parametrize('config', [{}, dict(ponder_norm=True, **SAVES), dict(feedback='hidden'), dict(halting=False)])
 def test_batch_engine_equals_one_at_a_time(config, kw):
     m = tiny(torch.float64, block_size=40, **config)
     lengths, new = (1, 3, 60, 7, 2, 30, 12), [5, 0, 20, 1, 45, 3, 9]  # one prompt is longer than the context
-    prompts = [random_tokens(n, seed=n).tolist() for n in lengths]
-    runs = []
-    for slots in (1, 3, 32):
-        runs.append([[] for _ in prompts])
+    prompts, policy = [random_tokens(n, seed=n).tolist() for n in lengths], kw.get('policy')
+
+    def run(slots, **more):
         generators = [torch.Generator().manual_seed(n) for n in range(len(prompts))]
-        for step in stream(m, prompts, new, slots=slots, generator=generators, **kw):
-            runs[-1][step.seq].append((step.token, step.depth, [round(s, 9) for s in step.gates]))
-    assert runs[0] == runs[1] == runs[2]  # depths and gates too
+        runs = engine_runs(m, prompts, new, slots=slots, generator=generators, **kw, **more)
+        return [[(s.token, s.depth, [round(gate, 9) for gate in s.gates]) for s in steps] for steps in runs]
+    runs = run(1)
+    assert runs == run(3) == run(32)  # depths and gates too
     assert tuple(map(len, prompts)) == lengths  # the caller's lists are left alone
-    assert len({depth for steps in runs[0] for _, depth, _ in steps}) > 1 or ('policy' not in kw and not m.cfg.halting)
+    assert len({depth for steps in runs for _, depth, _ in steps}) > 1 or not (policy or m.cfg.halting)
+    made = [[token for token, _, _ in steps] for steps in runs]
     for n, p in enumerate(prompts):
-        alone = dict(kw)
-        if 'policy' in kw:  # in the engine a prompt's row is its index
-            alone['policy'] = lambda i, s, h, row, pos: kw['policy'](i, s, h, row + n, pos)
-        generator = torch.Generator().manual_seed(n)
-        want = m.generate(torch.tensor([p]), new[n], generator=generator, **alone)[0, len(p):].tolist()
-        assert [token for token, _, _ in runs[0][n]] == want
+        alone = {**kw, 'policy': of_prompt(policy, n)}
+        want = m.generate(torch.tensor([p]), new[n], generator=torch.Generator().manual_seed(n), **alone)
+        assert made[n] == want[0, len(p):].tolist()
+    stop = made[4][10]  # it ends a sequence, and is yielded
+    ends = [(tokens + [stop]).index(stop) + 1 for tokens in made]
+    assert run(3, stop_token=stop) == [steps[:end] for steps, end in zip(runs, ends)]
 
 
-def test_engine_says_what_the_network_says():
-    """Each Step's depth, gates and NLL are those of the whole sequence; a stop token ends a sequence and is yielded."""
-    m, seeded = tiny(torch.float64), lambda: torch.Generator().manual_seed(1)
-    steps = list(stream(m, [[5, 6, 7]], 20, generator=seeded()))
-    text = torch.tensor([[5, 6, 7] + [step.token for step in steps]])
-    out = m(text[:, :-1], text[:, 1:])
-    assert [step.depth for step in steps] == out.depth[0, 2:].tolist()
-    for n, step in enumerate(steps, 2):
-        assert abs(step.nll - float(out.nll[0, n])) < 1e-5
-        assert step.gates == pytest.approx(out.gates[0, n, :min(step.depth, 3)].tolist(), abs=1e-10)
-    stop = steps[9].token
-    first = [step.token for step in steps].index(stop)
-    assert list(stream(m, [[5, 6, 7]], 20, generator=seeded(), stop_token=stop)) == steps[:first + 1]
-
-
-@pytest.mark.parametrize('config', [PAPER, dict(feedback='hidden'), dict(halting=False)])
-def test_engine_under_autocast_is_near_float32(config):
-    m = tiny(torch.float32, block_size=64, **config)
+@pytest.mark.parametrize('config', [PAPER, SAVES, dict(feedback='hidden'), dict(halting=False)])
+@pytest.mark.parametrize('autocast, bound', [(False, 1e-5), (True, 0.05)])
+def test_engine_says_what_the_network_says(config, autocast, bound):
+    """Each Step's depth, gates and NLL are those of the whole sequence; under autocast to bfloat16's three digits."""
+    m = tiny(torch.float32 if autocast else torch.float64, block_size=64, **config)
     prompts = [random_tokens(n, seed=n).tolist() for n in (3, 9, 5)]
-    policy = random_policy(0.5) if m.cfg.halting else None  # rather than gates, which a rounding error may flip
-    made = [[] for _ in prompts]
-    with torch.autocast('cpu', torch.bfloat16):
-        for step in stream(m, prompts, 12, temperature=0, slots=2, policy=policy):
-            made[step.seq].append(step)
+    policy = random_policy(0.5) if autocast and m.gates else None  # a rounding error may flip a gate
+    with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+        made = engine_runs(m, prompts, 12, temperature=0.5, slots=2, policy=policy)
     for n, (prompt, steps) in enumerate(zip(prompts, made)):
         text = torch.tensor([prompt + [step.token for step in steps]])
-        out = m(text[:, :-1], text[:, 1:], policy=policy and (lambda i, s, h, row, pos: policy(i, s, h, row + n, pos)))
-        assert [step.depth for step in steps] == out.depth[0, len(prompt) - 1:].tolist()
-        nll = out.nll[0, len(prompt) - 1:].tolist()
-        assert [step.nll for step in steps] == pytest.approx(nll, abs=0.05)  # bfloat16's three digits
-
-
-@pytest.mark.parametrize('kw, words', [
-    (dict(prompts=[[1], []]), 'at least one token'), (dict(prompts=[[61]]), 'tokens from 0 to 60'),
-    (dict(generator=[torch.Generator()]), '1 generators'), (dict(max_new_tokens=[3]), '1 numbers of new tokens'),
-    (dict(max_new_tokens=-3), 'at least 0'), (dict(max_new_tokens=[1, -1]), 'at least 0'),
-    (dict(top_p=0.0), 'top_p'), (dict(max_iter=5), 'max_iter')])
-def test_engine_refuses_nonsense(kw, words):
-    with pytest.raises(ValueError, match=words):
-        list(stream(tiny(), **{**dict(prompts=[[1], [2]], max_new_tokens=3), **kw}))
+        out = m(text[:, :-1], text[:, 1:], policy=of_prompt(policy, n))
+        depth, nll, gates = (x[0, len(prompt) - 1:].tolist() for x in (out.depth, out.nll, out.gates))
+        assert [step.depth for step in steps] == depth
+        assert [step.nll for step in steps] == pytest.approx(nll, abs=bound)
+        for step, row in zip(steps, gates):
+            assert step.gates == pytest.approx(row[:min(step.depth, 3)], abs=bound)
 
 
 @pytest.mark.parametrize('device', DEVICES)
@@ -444,8 +429,8 @@ def test_generate_is_the_same_with_a_cache_and_without(draw, halt, config, devic
 def test_window_moves_on_by_half_a_context():
     m = tiny()
     for m.cfg.block_size, n in itertools.product((1, 2, 7, 32), range(1, 200)):
-        step = max(1, m.cfg.block_size // 2)
-        assert m.window(n) == next(start for start in range(0, 200, step) if n - start <= m.cfg.block_size)
+        starts = range(0, 200, max(1, m.cfg.block_size // 2))
+        assert m.window(n) == next(start for start in starts if n - start <= m.cfg.block_size)
 
 
 def test_sample_draws_from_the_right_distribution():
@@ -492,15 +477,17 @@ def test_flop_formula_equals_the_counter(kw):
             assert got == cfg.inference_flops(n, 101, halt.get('max_iter'))
 
 
-# the schedule of training with gates
+def grid(rows, columns):
+    """The row and the position of each of rows x columns tokens."""
+    return torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing='ij')
+
 
 def test_hash_uniform_is_uniform_and_uncorrelated():
-    row, pos = torch.meshgrid(torch.arange(256), torch.arange(256), indexing='ij')
+    row, pos = grid(256, 256)
     u = model_py.hash_uniform(row, pos)
     bound = 1 / math.sqrt(u.numel())
-    assert 0 <= u.min() and u.max() < 1
+    assert 0 <= u.min() and u.max() < 1 and u[3, 5] == model_py.hash_uniform(torch.tensor(3), torch.tensor(5))
     assert (u.flatten().sort().values - torch.linspace(0, 1, u.numel())).abs().max() < 2.5 * bound  # Kolmogorov-Smirnov
-    assert u[3, 5] == model_py.hash_uniform(torch.tensor(3), torch.tensor(5))
     others = [u[:, 1:], u[1:], model_py.hash_uniform(row, pos, 1), model_py.hash_uniform(row, pos, -7), u.t(), row, pos]
     for other in others:
         a = u[:other.size(0), :other.size(1)]
@@ -520,22 +507,22 @@ def test_schedule_of_savings(gates_alone, step, k, share):
     """k rises as r (2 - r); the share of tokens forced to run all iterations falls from 1 to `explore`, then to 0."""
     schedule = schedule_of(gates_alone=gates_alone, explore=0.1, cfg=dict(tau=0.4))
     assert abs(schedule.k(step) - k) < 1e-12
-    row, pos = (x.flatten() for x in torch.meshgrid(torch.arange(200), torch.arange(500), indexing='ij'))
-    forced, s = schedule.forced(step, row, pos), torch.linspace(0, 1, len(row))
+    row, pos = grid(200, 500)
+    forced, s = schedule.forced(step, row, pos), torch.linspace(0, 1, row.numel()).view_as(row)
     assert abs(forced.float().mean() - share) < 0.008
     assert torch.equal(schedule.at(step)['policy'](1, s, None, row, pos), (s >= 0.4) | forced)
     if 0.2 < share < 0.8:  # others in another step, micro-batch and run
+        other_run = schedule_of(gates_alone=gates_alone, seed=1)
         for other in (schedule.forced(step + 1, row, pos), schedule.forced(step, row, pos, 1),
-                      schedule_of(gates_alone=gates_alone, seed=1).forced(step, row, pos)):
+                      other_run.forced(step, row, pos)):
             assert abs((other & forced).float().mean() - share ** 2) < 0.01
 
 
 def test_schedule_moves_tau_to_the_share_that_shall_halt():
     schedule = schedule_of(explore=0.5, cfg=dict(tau=0.01))
     depth = torch.randint(1, 5, (4, 50), generator=torch.Generator().manual_seed(1))
-    row, pos = torch.meshgrid(torch.arange(4), torch.arange(50), indexing='ij')
     for step, micro in ((300, 0), (500, 2)):
-        free = depth[~schedule.forced(step, row, pos, micro)]
+        free = depth[~schedule.forced(step, *grid(4, 50), micro)]
         want = (4 - free).sum() / (3 * len(free))
         assert 50 < len(free) < 180 and abs(schedule.halted(step, depth, micro) - want) < 1e-6
     assert schedule.halted(0, depth) == 0  # all are forced, none is free
@@ -2131,8 +2118,14 @@ def test_config_refuses_nonsense(kw, words):
     (lambda m, x: m.generate(x, 3, top_p=0.0), 'top_p'), (lambda m, x: m.generate(x, 3, top_p=math.nan), 'top_p'),
     (lambda m, x: m.generate(x, 3, top_k=0), 'top_k'), (lambda m, x: m.generate(x, 3, temperature=-1.0), 'temperature'),
     (lambda m, x: m.generate(x, 3, temperature=math.nan), 'temperature'),
-    (lambda m, x: m.requires_grad_(False).unembed.weight.fill_(math.nan) is m.generate(x, 3), 'not finite')])
-def test_model_refuses_nonsense(call, words):
+    (lambda m, x: m.requires_grad_(False).unembed.weight.fill_(math.nan) is m.generate(x, 3), 'not finite'),
+    (lambda m, x: list(stream(m, [[1], []], 3)), 'at least one token'),
+    (lambda m, x: list(stream(m, [[61]], 3)), 'tokens from 0 to 60'),
+    (lambda m, x: list(stream(m, [[1], [2]], 3, generator=[torch.Generator()])), '1 generators'),
+    (lambda m, x: list(stream(m, [[1], [2]], [1, -1])), 'at least 0'),
+    (lambda m, x: list(stream(m, [[1]], 3, top_p=0.0)), 'top_p'),
+    (lambda m, x: list(stream(m, [[1]], 3, max_iter=5)), 'max_iter')])
+def test_model_and_engine_refuse_nonsense(call, words):
     with pytest.raises(ValueError, match=words):
         call(tiny(torch.float32), torch.zeros(1, 33, dtype=torch.long))
 

@@ -22,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import types
 import urllib.error
 import warnings
 from dataclasses import asdict, fields, replace
@@ -382,6 +381,8 @@ def test_cross_entropy_and_its_gradients(chunks, frozen, device):
         assert (torch.autograd.grad(total, low)[0] - want[0][2:] / 3).abs().max() < bound * 10
 
 
+# generation
+
 def engine_runs(m, prompts, new, **kw):
     """The Steps that the batch engine makes for each prompt."""
     made = [[] for _ in prompts]
@@ -503,6 +504,8 @@ def test_flop_formula_equals_the_counter(kw):
             got = count_flops(lambda: m.head(m.decode(x[:, 100:101], cache, 100, **halt).hidden[:, -1]))
             assert got == cfg.inference_flops(n, 101, halt.get('max_iter'))
 
+
+# the schedule of training with gates
 
 def grid(rows, columns):
     """The row and the position of each of rows x columns tokens."""
@@ -968,6 +971,8 @@ def test_sampling_a_pythia_folder_with_its_tokenizer(tmp_path, capsys):
                      '--ignore_eot')
     assert got.out == theirs.decode(want, skip_special_tokens=False) + '\n' and 'mean depth 1.00 of 1' in got.err
 
+
+# prepare_data.py
 
 def nasty(rng, n):
     """n characters or a few more of text that tokenizers get wrong."""

@@ -531,18 +531,23 @@ def schedule_of(objective='saving', cfg={}, **kw):
 
 
 def test_schedule_forces_fewer_and_fewer_tokens():
-    """A share falls from 1 to `explore`, then to 0: others in each step, micro-batch and run. Nothing for the paper."""
+    """The share falls from 1 to `explore`, then to 0, while k rises as r (2 - r). For 'paper' none is forced."""
     row, pos = grid(200, 500)
-    for alone, expected in ((0, {100: 1.0, 200: 0.55, 300: 0.1, 650: 0.05, 1000: 0.0}), (100, {200: 1.0, 250: 0.55})):
+    for alone, expected in [
+            (0, {0: (0, 1), 100: (0, 1), 200: (0.15, 0.55), 300: (0.2, 0.1), 650: (0.2, 0.05), 1000: (0.2, 0)}),
+            (100, {200: (0, 1), 250: (0.15, 0.55), 300: (0.2, 0.1)})]:
         schedule = schedule_of(gates_alone=alone, explore=0.1)
-        for step, share in expected.items():
+        for step, (k, share) in expected.items():
+            assert abs(schedule.k(step) - k) < 1e-12
             assert abs(schedule.forced(step, row, pos).float().mean() - share) < 0.008
     forced = schedule.forced(250, row, pos)
     for other in (schedule.forced(251, row, pos), schedule.forced(250, row, pos, 1),
                   schedule_of(gates_alone=100, explore=0.1, seed=1).forced(250, row, pos)):
-        assert abs((other & forced).float().mean() - 0.55 ** 2) < 0.01
-    paper = schedule_of('paper', gates_alone=50)
-    assert not paper.forced(99, row, pos).any() and paper.k(200) == pytest.approx(0.1)
+        assert abs((other & forced).float().mean() - 0.55 ** 2) < 0.01  # others in each step, micro-batch and run
+    paper = schedule_of('paper', gates_alone=50, ponder_lambda=0.3)
+    for step, halting, k in ((99, False, 0.0), (100, True, 0.0), (150, True, 0.05), (300, True, 0.2)):
+        assert paper.at(step) == dict(halting=halting, k=pytest.approx(k), ponder_lambda=0.3)
+        assert not paper.forced(step, row, pos).any()
     paper.update(500, halted=0.9)
     assert paper.cfg.tau == 1e-4  # only savings move it
     default = model_py.HaltingSchedule(paper.cfg, 400)
@@ -1451,10 +1456,6 @@ def trained(tmp_path_factory):
     return root
 
 
-def read_windows(folder, split, seed=0):
-    return train.Windows(folder, train.load_meta(folder), split, 16, 257, seed)
-
-
 def test_the_loop_is_what_it_says(trained):
     """The same run written out again: schedule, stages, accumulation, clipping, decay groups, order of the windows."""
     state, log = load_checkpoint(trained / 'out/ckpt.pt'), read_log(trained / 'out')
@@ -1519,7 +1520,7 @@ def test_resume_is_exact_in_every_phase(trained, capsys):
     for stop, number in ((3, signal.SIGTERM), (8, signal.SIGINT), (15, signal.SIGTERM)):
         at = stop_at((stop - done) * 4 + 1, number)  # in the middle of a step
         assert run_train(trained / 'data', out, at) == 128 + number
-        done = load_checkpoint(out / 'ckpt.pt')['step']
+        done = tensors(out)['step'].item()
         assert done == stop and f'stopped at step {stop}' in capsys.readouterr().out
         with open(out / 'log.jsonl', 'a') as f:  # what a kill may leave behind: steps after the checkpoint, a torn line
             f.write(f'{{"step": {stop + 1}, "loss": 1.0}}\n{{"step": 9')
@@ -1567,9 +1568,8 @@ def test_until_gates_act_a_network_with_them_is_the_one_without(trained, tmp_pat
     for name, halting in (('with', True), ('without', False)):
         kw = dict(halting=halting, objective='saving', grad_clip=0.05)
         assert run_train(trained / 'data', tmp_path / name, stop_at(6 * 4), **kw) == 143
-    a, b = (load_checkpoint(tmp_path / name / 'ckpt.pt') for name in ('with', 'without'))
-    assert a['step'] == b['step'] == 6 and any(n.startswith('gates.') for n in a['model'])
-    assert all(torch.equal(a['model'][n], p) for n, p in b['model'].items())
+    a, b = (load_checkpoint(tmp_path / name / 'ckpt.pt')['model'] for name in ('with', 'without'))
+    assert any(n.startswith('gates.') for n in a) and all(torch.equal(a[n], p) for n, p in b.items())
 
 
 def test_kill_9_at_any_moment(trained, tmp_path):
@@ -1701,21 +1701,20 @@ def test_ten_bad_steps_give_up_with_the_last_good_checkpoint(trained, tmp_path, 
 
 
 def test_disk_full_costs_one_checkpoint(trained, tmp_path, capsys):
-    resource = pytest.importorskip('resource')
+    resource, ckpt = pytest.importorskip('resource'), tmp_path / 'ckpt.pt'
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def at(n, out):
         if n in (24, 76):  # in steps 6 and 19: no file may grow beyond a quarter of the checkpoint
-            resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / 'ckpt.pt').stat().st_size // 4, hard))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (ckpt.stat().st_size // 4, hard))
         if n == 48:
-            assert not list(tmp_path.glob('*.tmp')) and load_checkpoint(tmp_path / 'ckpt.pt')['step'] == 5
+            assert not list(tmp_path.glob('*.tmp')) and tensors(tmp_path)['step'] == 5
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     try:
         assert run_train(trained / 'data', tmp_path, at) == 1  # the last one failed: not a success
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert capsys.readouterr().out.count('checkpoint not written') == 2
-    assert load_checkpoint(tmp_path / 'ckpt.pt')['step'] == 15
+    assert capsys.readouterr().out.count('checkpoint not written') == 2 and tensors(tmp_path)['step'] == 15
     assert run_train(trained / 'data', tmp_path) == 0 and distance(tmp_path, trained / 'out') == 0
 
 
@@ -1848,8 +1847,9 @@ def test_baselines_and_closing_sample(trained, tmp_path, capsys, monkeypatch):
     new = torch.tensor([[65, 300, 7, 256, 66]])  # A, a padding token, a control byte, the end of the document, B
     model.generate = lambda idx, *args, **kw: torch.cat([idx, new], dim=1)
     monkeypatch.setattr(AdaPonderLM, 'from_state', lambda state: model)
-    val, meta = read_windows(trained / 'data', 'val'), train.load_meta(trained / 'data')
-    assert train.closing_sample(model, train.TrainConfig(block_size=4), val, meta, trained / 'data').endswith('|A\\x07')
+    data, meta = trained / 'data', train.load_meta(trained / 'data')
+    val = train.Windows(data, meta, 'val', 16, 257)
+    assert train.closing_sample(model, train.TrainConfig(block_size=4), val, meta, data).endswith('|A\\x07')
 
 
 def test_starting_from_trained_weights(trained, tmp_path):
@@ -1997,10 +1997,6 @@ def test_checkpoints_that_cannot_be_read_are_refused(tmp_path):
 OPTIONS = SimpleNamespace(device='cpu', dtype='float32', batch_size=3, seed=5, tau=None, max_iter=None)
 
 
-def val_windows(n=6, T=32, seed=20):
-    return torch.randint(61, (n, T + 1), generator=torch.Generator().manual_seed(seed))
-
-
 def run_bench(*argv):
     return bench.main([str(x) for x in argv])
 
@@ -2022,7 +2018,7 @@ def shape_file(path, **kw):
 @pytest.mark.parametrize('kind, halting', [('learned', True), ('confidence', False), ('convergence', False)])
 def test_scores_and_exits_against_their_definitions(kind, halting):
     """Token by token: a score may compare with the same token's last prediction, also where others have halted."""
-    m, x = tiny(halting=halting), val_windows()
+    m, x = tiny(halting=halting), random_tokens(6, 33, seed=20)
     got, P = torch.zeros(6, 32, 3, dtype=torch.float64), {}
 
     def measure(t):
@@ -2049,7 +2045,7 @@ def test_scores_and_exits_against_their_definitions(kind, halting):
 
 @pytest.mark.parametrize('kind', ['learned', 'confidence', 'convergence', 'uniform', 'geometric'])
 def test_policies_spend_what_they_should(kind):
-    m, x = tiny(), val_windows(60)
+    m, x = tiny(), random_tokens(60, 33, seed=20)
     cost = bench.cost_table(m.cfg, 32)
     target = 0.7 * float(cost[:, -1].mean())
     near = 0.001  # a threshold that is set on the same text is exact

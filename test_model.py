@@ -930,8 +930,8 @@ def test_save_pretrained_keeps_every_bit(tmp_path, monkeypatch, dtype, kw):
 @pytest.mark.parametrize('change, word', [
     (dict(model_type='llama'), 'model_type'), (dict(use_parallel_residual=False), 'use_parallel_residual'),
     (dict(hidden_act='gelu_new'), 'hidden_act'), (dict(rope_parameters=dict(type='linear', factor=2.0)), 'linear'),
-    (dict(rope_parameters=dict(rope_type='yarn', rope_theta=1e4)), 'yarn'), (dict(attention_bias=False), 'attention'),
-    (dict(tie_word_embeddings=True), 'tie_word_embeddings'), (dict(intermediate_size=128), 'intermediate_size'),
+    (dict(rope_parameters=dict(rope_type='yarn', rope_theta=1e4)), 'yarn'), (dict(intermediate_size=1), 'intermediate'),
+    (dict(tie_word_embeddings=True), 'tie_word_embeddings'), (dict(attention_bias=False), 'attention_bias'),
     (dict(quantization_config=dict(bits=4)), 'quantization_config'), (dict(num_attention_heads=5), 'n_head'),
     (dict(hidden_size='64'), 'hidden_size|intermediate_size|n_embd'), (dict(adaponder=dict(later=1)), 'later'),
     (dict(num_hidden_layers=3), 'layers.2'), (dict(vocab_size=128), 'embed')])
@@ -1190,8 +1190,10 @@ def test_every_form_of_input_gives_the_same_documents(tmp_path, monkeypatch, cap
         parquet.write_table(table, folder / 'x.parquet', row_group_size=7)
     else:
         rows = {('a/b', 'c', 'train', True): [{'text': t} for t in texts]}
-        load = lambda name, config, split, streaming: rows[name, config, split, streaming]
-        monkeypatch.setitem(sys.modules, 'datasets', SimpleNamespace(load_dataset=load))
+
+        def load_dataset(name, config, split, streaming):
+            return rows[name, config, split, streaming]
+        monkeypatch.setitem(sys.modules, 'datasets', SimpleNamespace(load_dataset=load_dataset))
         sources = ['hf:a/b:c']
     prepare_data.prepare(sources, tmp_path / 'out', val_fraction=0.3)
 

@@ -459,6 +459,7 @@ def test_generate_is_the_same_with_a_cache_and_without(draw, halt, config, devic
             token = sample(logits, torch.rand(2, generator=generator), **draw)
             text = torch.cat([text, token[:, None]], dim=1)
         assert torch.equal(got, text)
+    assert tiny(block_size=1).window(5) == 4  # the shortest context moves on by one
 
 
 def test_sample_draws_from_the_right_distribution():
@@ -890,8 +891,10 @@ def test_every_form_of_a_folder_loads(tmp_path, form):
     assert (m.cfg.n_iter, m.cfg.halting, m.cfg.scale_embeds, m.cfg.block_size) == (4, True, False, 64)
     assert (m(x, max_iter=1).logits - hf(x).logits).abs().max() < 1e-4
     assert all((gate(torch.randn(5, 64)) > 0.9).all() and gate.fc.weight.std() > 0.01 for gate in m.gates)  # open
-    edit_config(tmp_path, rope_parameters=None, rotary_emb_base=5000)
-    assert AdaPonderLM.from_pretrained(tmp_path).cfg.rotary_base == 5000
+    rope = dict(rope_type='default', rope_theta=6000.0, partial_rotary_factor=0.5)
+    for keys, base in ((dict(rope_parameters=rope), 6000), (dict(rope_parameters=None, rotary_emb_base=5000), 5000)):
+        edit_config(tmp_path, **keys)
+        assert AdaPonderLM.from_pretrained(tmp_path).cfg.rotary_base == base
 
 
 @pytest.mark.parametrize('dtype, kw', [
@@ -1730,6 +1733,7 @@ FILE = dict(name='val_0.bin', tokens=900, sha256='0' * 64)
     (dict(max_steps='40%'), 'max_steps must'), (dict(ponder_start='soon'), "not 'soon'"), (dict(warmup=-4), "not '-4'"),
     (dict(dtype='float16'), 'dtype must be'), (dict(execution='auto'), 'execution'), (dict(batch_size=0), 'from 1'),
     (dict(k_max=1.5), 'from 0 to 1'), (dict(explore=math.nan), 'explore'), (dict(seed=2 ** 40), 'seed'),
+    (dict(beta1=1), 'beta1'), (dict(eval_tokens=-5), 'eval_tokens'),
     (dict(n_embd=10 ** 12), 'n_embd'), (dict(gate_bias=math.inf), 'gate_bias'), (dict(n_embd=17), 'divisible'),
     (dict(ponder_full=5), r'ponder_full \(step 5\) lies before step 6'), (dict(vocab_size=200), '257 token ids'),
     (dict(objective='saving', freeze_backbone=9), 'before step 15'), (dict(block_size=600), 'val split of'),
@@ -1965,8 +1969,9 @@ def test_config_refuses_nonsense(kw, words):
     (lambda m, x: m(x[:, :4], execution='fast'), 'execution'), (lambda m, x: m(x[:, :4], max_iter=5), 'max_iter'),
     (lambda m, x: m.generate(x, 3, max_iter=0), 'max_iter'), (lambda m, x: m.generate(x[:, :0], 3), 'one token'),
     (lambda m, x: m.generate(x + 61, 3), 'from 0 to 60'), (lambda m, x: m.generate(x - 1, 3), 'from 0 to 60'),
-    (lambda m, x: m.generate(x, 3, top_p=0.0), 'top_p'), (lambda m, x: m.generate(x, 3, top_k=0), 'top_k'),
+    (lambda m, x: m.generate(x, 3, top_p=math.nan), 'top_p'), (lambda m, x: m.generate(x, 3, top_k=0), 'top_k'),
     (lambda m, x: m.generate(x, 3, temperature=math.nan), 'temperature'),
+    (lambda m, x: list(stream(m, [[1], [2]], [3])), '1 numbers'),
     (lambda m, x: m.requires_grad_(False).unembed.weight.fill_(math.nan) is m.generate(x, 3), 'not finite'),
     (lambda m, x: list(stream(m, [[1], []], 3)), 'one token'), (lambda m, x: list(stream(m, [[61]], 3)), '0 to 60'),
     (lambda m, x: list(stream(m, [[1], [2]], 3, generator=[torch.Generator()])), '1 generators'),

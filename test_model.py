@@ -1696,11 +1696,11 @@ def test_a_reader_that_leaves_does_not_end_the_run(trained, tmp_path):
 
 def test_ten_bad_steps_give_up_with_the_last_good_checkpoint(trained, tmp_path, capsys):
     def at(n, out):
-        if n == 30 or n >= 32:  # in step 7, then in all from 8 on
+        if n == 26 or n >= 32:  # in step 6, then in all from 8 on
             out.loss = out.loss * (math.inf if n % 8 else math.nan)
     assert run_train(trained / 'data', tmp_path, at) == 1
     text = capsys.readouterr().out
-    assert 'step 16: the gradient is not finite, step skipped (10 in a row)' in text and '(11' not in text
+    assert 'step 17: the gradient is not finite, step skipped (10 in a row)' in text and '(11' not in text
     assert tensors(tmp_path)['step'] == 5 and all(t.isfinite().all() for t in tensors(tmp_path).values())
     assert run_train(trained / 'data', tmp_path) == 0 and distance(tmp_path, trained / 'out') == 0  # it goes on
 
@@ -1733,7 +1733,7 @@ FILE = dict(name='val_0.bin', tokens=900, sha256='0' * 64)
     (dict(max_steps='40%'), 'max_steps must'), (dict(ponder_start='soon'), "not 'soon'"), (dict(warmup=-4), "not '-4'"),
     (dict(dtype='float16'), 'dtype must be'), (dict(execution='auto'), 'execution'), (dict(batch_size=0), 'from 1'),
     (dict(k_max=1.5), 'from 0 to 1'), (dict(explore=math.nan), 'explore'), (dict(seed=2 ** 40), 'seed'),
-    (dict(beta1=1), 'beta1'), (dict(eval_tokens=-5), 'eval_tokens'),
+    (dict(beta1=1), 'beta1'), (dict(eval_tokens=-5), 'eval_tokens'), (dict(max_steps='1.5'), 'max_steps must'),
     (dict(n_embd=10 ** 12), 'n_embd'), (dict(gate_bias=math.inf), 'gate_bias'), (dict(n_embd=17), 'divisible'),
     (dict(ponder_full=5), r'ponder_full \(step 5\) lies before step 6'), (dict(vocab_size=200), '257 token ids'),
     (dict(objective='saving', freeze_backbone=9), 'before step 15'), (dict(block_size=600), 'val split of'),
@@ -2048,6 +2048,25 @@ def test_scores_and_exits_against_their_definitions(kind, halting):
         return torch.tensor(go_on)
     with torch.no_grad():
         assert torch.equal(m(x[:, :-1], policy=by_hand).depth, depth)
+
+
+def test_threshold_is_the_nearest():
+    m = tiny()
+    cost = bench.cost_table(m.cfg, 32)
+    assert float(cost[9, 2]) == float(m.cfg.inference_flops(3, 10)) and cost.shape == (32, 4)
+    scores = torch.rand(3, 32, 3, generator=torch.Generator().manual_seed(22), dtype=torch.float64)
+
+    def brute(t):  # token by token
+        total = 0.0
+        for window in scores.tolist():
+            for p, gates in enumerate(window):
+                depth = 1 + next((i for i, s in enumerate(gates) if s < t), 3)
+                total += float(m.cfg.inference_flops(depth, p + 1))
+        return total / 96
+    for share in (0.3, 0.5, 0.8):
+        target = share * float(cost[:, -1].mean())
+        best = min(abs(brute(t) - target) for t in scores.flatten().tolist())
+        assert abs(brute(bench.find_threshold(scores, cost, target)) - target) <= best * (1 + 1e-9)
 
 
 @pytest.mark.parametrize('kind', ['learned', 'confidence', 'convergence', 'uniform', 'geometric'])

@@ -1276,6 +1276,8 @@ p.prepare(sys.argv[5:], sys.argv[2], sys.argv[3], float(sys.argv[4]))
             if left == steps:
                 del old['meta.json']
             assert there == old
+        else:
+            assert not (out / 'meta.json').exists()  # it comes last
         if left == steps - 1:  # another preparation, killed too, writes over the unfinished files
             killed(5, out, tmp_path / 'b')
         batches.clear()

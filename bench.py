@@ -341,7 +341,9 @@ def ppl(a):
         elif not m.cfg.halting:  # exits that need no gates, at the FLOPs of the main model's gates where it has some
             kinds = [k for k in a.policies if k in ('confidence', 'convergence')]
             learned = [r for r in rows if (r['model'], r['policy']) == (main, 'learned')]
+            most = float(cost_table(m.cfg, cfg.block_size)[:, -1].mean())
             targets = {r['setting']: r['flops'] for r in learned} or shares
+            targets = {setting: target for setting, target in targets.items() if target < most}
         elif name == main:
             kinds, targets = ['learned', *(k for k in a.policies if k != 'learned')], {'own tau': None, **shares}
         else:

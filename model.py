@@ -437,10 +437,13 @@ class AdaPonderLM(nn.Module):
             # softmax(h U^T) V is attention of h over the vocabulary: torch's kernel takes 3/4 of the time in training
             U, V = (table.weight.to(h.dtype)[None, None] for table in (self.unembed, self.embed))
             return F.scaled_dot_product_attention(h[None, None], U, V, scale=1.0)[0, 0] * self.cfg.embed_scale
+
+        def expected(x):
+            return self.expect(self.unembed(x))
         if learns and len(h) * self.cfg.vocab_size > 2 ** 21:  # recompute the logits in backward, do not keep them
-            parts = [checkpoint(lambda x: self.expect(self.unembed(x)), x, use_reentrant=False) for x in h.chunk(chunks)]
+            parts = [checkpoint(expected, x, use_reentrant=False) for x in h.chunk(chunks)]
         else:
-            parts = [self.expect(self.unembed(x)) for x in h.chunk(chunks)]
+            parts = [expected(x) for x in h.chunk(chunks)]
         return torch.cat(parts) * self.cfg.embed_scale
 
     def iterate(self, idx, attend, kvs=None, policy=None, tau=None, max_iter=None, halting=True, start=0, cache=None):

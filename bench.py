@@ -69,6 +69,11 @@ def table(rows, forms):
     return ''.join(f'| {line} |\n' for line in lines)
 
 
+def label(text):
+    """text as matplotlib takes it: no formula, and no bytes that are no characters."""
+    return text.replace('$', r'\$').encode('utf-8', 'replace').decode()
+
+
 def save_figure(path, draw, panels, columns, width, height):
     """Write a picture. draw(ax, data) draws each of the panels, title -> data, in width x height inches."""
     try:
@@ -80,7 +85,7 @@ def save_figure(path, draw, panels, columns, width, height):
     fig = Figure(figsize=(width * columns, height * rows), layout='tight')
     for ax, (title, data) in zip(fig.subplots(rows, columns, squeeze=False).flat, panels.items()):
         draw(ax, data)
-        ax.set_title(title, fontsize=9)
+        ax.set_title(label(title), fontsize=9)
     picture = io.BytesIO()
     fig.savefig(picture, format=Path(path).suffix[1:], dpi=150, bbox_inches='tight')
     write_beside(path, picture.getvalue())
@@ -225,6 +230,8 @@ def find_threshold(scores, cost, target):
     """The t at which tokens with scores (n, T, K - 1) spend nearest to target FLOPs on average."""
     # only the scores themselves matter as thresholds, and the cost falls from each of them to the next
     values = scores[scores.isfinite()].unique().numpy()
+    if not len(values):  # convergence with n_iter = 2: no token can halt
+        return -math.inf
 
     def excess(t):
         depth = 1 + (scores >= t).long().cumprod(-1).sum(-1)  # halted stays halted
@@ -313,9 +320,10 @@ def load_models(a):
         name, equals, path = other.partition('=')
         if not path or name in models:
             raise UsageError(f'--others takes NAME=CKPT, with a name of its own for each, not {other!r}')
-        models[name] = load(os.path.expanduser(path), a)[0]
-        if any(getattr(models[name].cfg, f) != getattr(model.cfg, f) for f in ('vocab_size', 'block_size')):
-            raise UsageError(f'{path} has another vocabulary or block_size than {a.ckpt}: they cannot be compared')
+        models[name], its_state = load(os.path.expanduser(path), a)
+        tokenizers = {s['meta'].get('tokenizer_sha256') for s in (state, its_state) if s.get('meta')}
+        if len(tokenizers) > 1 or any(getattr(models[name].cfg, f) != getattr(model.cfg, f) for f in ('vocab_size', 'block_size')):
+            raise UsageError(f'{path} has another tokenizer or block_size than {a.ckpt}: they cannot be compared')
     return models, state
 
 
@@ -410,7 +418,6 @@ def tables(groups):
 def results(a):
     """Means over the seeds of each setting, from JSON files of ppl or a results.json: tables and two pictures."""
     out, found = Path(a.out), dict(rows=[], depths=[])
-    out.mkdir(parents=True, exist_ok=True)
     for path in a.files:
         try:
             record = json.loads(Path(path).read_text(encoding='utf-8-sig'))
@@ -419,16 +426,18 @@ def results(a):
             groups = mean_over_seeds(found)
             text = tables(groups)
             names = [(row['seed'], *(row[key] for key in KEYS['rows'])) for row in found['rows']]
+            n_names = len(set(names))
             for kind, rows in found.items():  # what the tables and the pictures show
                 if any(FORMS[kind].keys() - row.keys() - {'seeds', 'over_learned', 'rank_correlation'} for row in rows):
                     raise KeyError(kind)
             if not names:
                 raise KeyError('rows')
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, ArithmeticError, KeyError, TypeError, RecursionError):
             raise UsageError(f'{path} is not a JSON file of bench.py ppl, nor a results.json') from None
-        if len(set(names)) < len(names):
+        if n_names < len(names):
             raise UsageError(f'{path} repeats a seed of its group: tell settings apart by ppl --group')
     print(text)
+    out.mkdir(parents=True, exist_ok=True)
     write_beside(out / 'results.json', json.dumps(found, indent=1).encode('utf-8'))  # it can be read in place of these
     rows, depths = ({group: means[kind] for group, means in groups.items()} for kind in KEYS)
     save_figure(out / 'isoflops.png', draw_iso_flops, rows, len(groups), 5.5, 4.2)
@@ -445,7 +454,7 @@ def draw_iso_flops(ax, rows):
             lines[name] = []  # of these only the last one, with all iterations
         lines[name].append((100 * r['saved'], r['nll'], r.get('over_learned_error') or 0))
     for name, points in lines.items():
-        ax.errorbar(*zip(*sorted(points)), label=name, marker='o', ms=4, lw=1, capsize=2)
+        ax.errorbar(*zip(*sorted(points)), label=label(name), marker='o', ms=4, lw=1, capsize=2)
     ax.set(xlabel='inference FLOPs saved, %', ylabel='validation NLL, nats a token')
     ax.legend(fontsize=6)
 
@@ -454,8 +463,8 @@ def draw_by_depth(ax, rows):
     """Mean NLL of the tokens that halted at each depth of the adaptive model; the width of a bar is their share."""
     for r in rows:
         if r['model'] == 'adaptive':
-            label, width = f'{r["depth"]}\n{r["share"]:.1%}', 0.1 + 0.8 * r['share']
-            ax.bar(label, r['nll'], width, yerr=r.get('nll_error'), color='C0', capsize=3)
+            name, width = f'{r["depth"]}\n{r["share"]:.1%}', 0.1 + 0.8 * r['share']
+            ax.bar(name, r['nll'], width, yerr=r.get('nll_error'), color='C0', capsize=3)
     ax.set(xlabel='depth, iterations; share of the tokens', ylabel='NLL, nats a token')
 
 
@@ -472,7 +481,7 @@ def fake_model(cfg):
 
 def all_go_on(i, s, h, row, pos):
     """A halting policy for tensors without values. The model only asks its answer which tokens go on: all."""
-    return SimpleNamespace(nonzero=lambda: torch.arange(len(s))[:, None])
+    return SimpleNamespace(shape=s.shape, nonzero=lambda: torch.arange(len(s))[:, None])
 
 
 def count_flops(cfg, T):
@@ -671,7 +680,10 @@ def speed(a):
 
     def text(n, length):
         if a.data:
-            return val_text(a.data, model, state, n, length)[:, :length].to(a.device)
+            texts = val_text(a.data, model, state, n, length)[:, :length].to(a.device)
+            if len(texts) < n:
+                raise UsageError(f'{a.data} has {len(texts)} texts of {length} tokens: give fewer --slots')
+            return texts
         generator = torch.Generator().manual_seed(a.seed)
         return torch.randint(cfg.vocab_size, (n, length), generator=generator).to(a.device)
     cases = {f'prefill {length}': partial(time_prefill, x=text(1, length))}
@@ -809,8 +821,10 @@ def read_log(folder):
         row['run'] = folder
         table([row], COLUMNS)
         for key in PANELS:  # gate_mean has a value for each gate: a line each
-            pairs = [(float(record['step']), record[key]) for record in records if key in record]
-            points[key] = [pair[0] for pair in pairs], np.array([pair[1] for pair in pairs], float)
+            pairs = [(float(record['step']), np.atleast_1d(record[key])) for record in records if key in record]
+            width = max((len(values) for step, values in pairs), default=1)  # gates that no token reached are left out
+            padded = [np.append(values, [math.nan] * (width - len(values))) for step, values in pairs]
+            points[key] = [step for step, values in pairs], np.array(padded, float)
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as e:
         raise UsageError(f'{path} was not written by train.py ({type(e).__name__}: {e})') from None
     return records, row, points
@@ -828,7 +842,7 @@ def curves(a):
     def draw(ax, key):
         for n, (folder, (records, row, points)) in enumerate(logs.items()):
             if points[key][0]:
-                ax.plot(*points[key], color=f'C{n}', alpha=0.75, lw=1, label=folder)
+                ax.plot(*points[key], color=f'C{n}', alpha=0.75, lw=1, label=label(folder))
         ax.set(xlabel='step', yscale='log' if key == 'grad_norm' else 'linear')
         if key == PANELS[0]:
             ax.legend(fontsize=7)

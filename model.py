@@ -59,9 +59,10 @@ class AdaPonderConfig:
                 setattr(self, f.name, value := float(value))
             if type(value) is not f.type:
                 raise ValueError(f'{f.name} must be of type {f.type.__name__}, not {value!r}')
-        for name in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd', 'n_iter'):
-            if not 1 <= getattr(self, name) < 2 ** 31:
-                raise ValueError(f'{name} must be at least 1 and below 2^31, not {getattr(self, name)}')
+        most = dict(vocab_size=2 ** 31, block_size=2 ** 31, n_embd=2 ** 31, n_head=2 ** 31, n_layer=1024, n_iter=1024)
+        for name, limit in most.items():
+            if not 1 <= getattr(self, name) <= limit:
+                raise ValueError(f'{name} must be from 1 to {limit}, not {getattr(self, name)}')
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})')
         if not 1 <= self.gate_width * self.n_embd < 2 ** 31:
@@ -408,6 +409,8 @@ class AdaPonderLM(nn.Module):
         else:
             s = torch.ones(len(h), device=h.device)
         on = policy(i, s, h, row, pos) if policy else s >= (self.cfg.tau if tau is None else tau)
+        if on.shape != s.shape:
+            raise ValueError(f'the policy decided for {tuple(on.shape)} tokens, and was asked for {tuple(s.shape)}')
         return s, on
 
     def on_cpu(self, h):
@@ -523,7 +526,7 @@ class AdaPonderLM(nn.Module):
             raise ValueError(f"execution must be 'dense' or 'packed', not {execution!r}")
         if targets is not None and targets.shape != idx.shape:
             raise ValueError(f'targets of shape {tuple(targets.shape)} for tokens of shape {tuple(idx.shape)}')
-        self.check_max_iter(max_iter)
+        self.check_halting(tau, max_iter)
         attend = dense_attention if execution == 'dense' else packed_attention
         out = self.iterate(idx, attend, policy=policy, tau=tau, max_iter=max_iter, halting=halting)
         if targets is not None:
@@ -581,7 +584,9 @@ class AdaPonderLM(nn.Module):
             loss = loss + ((F.softplus(g) - saved * g) * counts).sum() / counts.sum().clamp(min=1)
         return loss
 
-    def check_max_iter(self, max_iter):
+    def check_halting(self, tau, max_iter):
+        if tau is not None and not 0 <= tau < 1:
+            raise ValueError(f'tau must be in [0, 1), not {tau}')
         if max_iter is not None and not 1 <= max_iter <= self.cfg.n_iter:
             raise ValueError(f'max_iter must be 1 to n_iter = {self.cfg.n_iter}, not {max_iter}')
 
@@ -619,10 +624,12 @@ class AdaPonderLM(nn.Module):
         tau, max_iter, policy: the halting decision, see decide(). A text that outgrows block_size goes on with its last
         part, see window(). Raises ValueError for an empty prompt, unknown tokens and numbers outside their range.
         """
-        self.check_max_iter(max_iter)
+        self.check_halting(tau, max_iter)
         check_sampling(temperature, top_k, top_p)
         if not idx.numel() or not 0 <= int(idx.min()) <= int(idx.max()) < self.cfg.vocab_size:
             raise ValueError(f'prompts must have at least one token, and tokens from 0 to {self.cfg.vocab_size - 1}')
+        if max_new_tokens < 0:
+            raise ValueError(f'max_new_tokens must be at least 0, not {max_new_tokens}')
         kw = dict(tau=tau, max_iter=max_iter, policy=policy)
         start = None  # where the context starts in idx
         for _ in range(max_new_tokens):
@@ -659,7 +666,7 @@ class AdaPonderLM(nn.Module):
             with torch.device('meta'):
                 model = cls(AdaPonderConfig(**state['config']))
             model.load_state_dict(state['model'], assign=True)
-        except (TypeError, RuntimeError) as e:  # a field or a tensor that this version does not have
+        except (TypeError, AttributeError, RuntimeError) as e:  # a field or tensor that this version does not have
             raise ValueError(f'{path} is of another version of this project ({first_line(e)})') from None
         return model
 
@@ -677,7 +684,10 @@ class AdaPonderLM(nn.Module):
         if Path(path).expanduser().is_dir():
             path = Path(path).expanduser()
         try:
-            hf = json.loads(Path(cached_file(str(path), 'config.json')).read_text(encoding='utf-8'))
+            file = cached_file(str(path), 'config.json')
+            if file is None:
+                raise ValueError('it has no config.json')
+            hf = json.loads(Path(file).read_text(encoding='utf-8'))
             cfg = config_from_hf(hf, n_iter, overrides)
             pretrained, info = GPTNeoXForCausalLM.from_pretrained(
                 path, config=GPTNeoXConfig(**hf), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
@@ -688,12 +698,14 @@ class AdaPonderLM(nn.Module):
         except Exception as e:  # of the network, of the hub, of torch, of safetensors: each has its own
             raise ValueError(f'{path} cannot be loaded as a GPT-NeoX model ({first_line(e)})') from None
         state = {hf_to_ours(n): t for n, t in pretrained.state_dict().items()}
-        state |= {n: t.to(dtype) for n, t in own.items() if cfg.halting or not n.startswith('gates.')}
-
         with torch.device('meta'):
             model = cls(cfg).to(dtype)
         model.to_empty(device='cpu').init_weights(OWN_TENSORS)
-        expected, modules = model.state_dict(), {n.rsplit('.', 2)[0] for n in state}
+        expected = model.state_dict()
+        state |= {n: t.to(dtype) for n, t in own.items()}
+        needless = OWN_TENSORS if cfg.n_iter == 1 else 'gates.'  # gates beyond n_iter, or with halting=False all
+        state = {n: t for n, t in state.items() if n in expected or not n.startswith(needless)}
+        modules = {n.rsplit('.', 2)[0] for n in state}
         wrong = [n for n in info['unexpected_keys'] if 'adapter.weight' not in n]  # PonderLM has one, unused
         wrong += [*info['missing_keys'], *info['mismatched_keys']]
         wrong += [n for n, t in state.items() if n not in expected or t.shape != expected[n].shape]
@@ -731,7 +743,7 @@ class AdaPonderLM(nn.Module):
                 save_file(own, f'{beside}/gates.safetensors')
             for file in self.tokenizer_files:
                 shutil.copyfile(file, f'{beside}/{file.name}')
-            for pattern in ('model*.safetensors*', 'gates.safetensors', 'pytorch_model*'):
+            for pattern in WEIGHT_FILES:
                 for old in path.glob(pattern):  # an earlier save's would be read in place of these
                     old.unlink()
             for file in Path(beside).iterdir():
@@ -740,6 +752,8 @@ class AdaPonderLM(nn.Module):
 
 # Hugging Face's names of our settings and tensors; the layouts are the same, fused QKV included
 OWN_TENSORS = ('gates.', 'ln_ponder.')  # tensors that GPT-NeoX does not have
+WEIGHT_FILES = ('gates.safetensors', 'model.safetensors*', 'model-?????-of-?????.safetensors', 'pytorch_model.bin*',
+                'pytorch_model-?????-of-?????.bin')
 TOKENIZER_FILES = ('meta.json', 'tokenizer.json', 'tokenizer.tiktoken')
 HF_CONFIG = dict(vocab_size='vocab_size', block_size='max_position_embeddings', n_layer='num_hidden_layers',
                  n_head='num_attention_heads', n_embd='hidden_size', norm_eps='layer_norm_eps')

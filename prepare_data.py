@@ -63,8 +63,8 @@ class UsageError(ValueError):
 def command_line(main):
     """Run main() as a program: every script of the project ends with this call.
 
-    ValueError and OSError become one sentence on stderr and exit code 2, Ctrl-C becomes exit code 130. Any other
-    exception is a bug and keeps its traceback.
+    ValueError, OSError and a lack of memory become one sentence on stderr and exit code 2, Ctrl-C becomes exit code
+    130. Any other exception is a bug and keeps its traceback.
     """
     for name, mode in (('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w')):
         if getattr(sys, name) is None:  # closed, as in "python train.py >&-"
@@ -81,8 +81,13 @@ def command_line(main):
     except BrokenPipeError:  # as in "sample.py | head": the reader has seen enough
         drop_stdout()
         sys.exit(1)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, MemoryError, RuntimeError) as e:
         sentence = ' '.join(str(e).split()) or type(e).__name__
+        is_memory = isinstance(e, MemoryError) or (isinstance(e, RuntimeError) and 'memory' in sentence)
+        if is_memory:
+            sentence = f'there is too little memory, ask for less at a time ({sentence[:80]})'
+        elif isinstance(e, RuntimeError) and not isinstance(e, RecursionError):  # the latter from a user's JSON
+            raise
         print(f'{Path(sys.argv[0]).name}: {sentence}', file=sys.stderr)
         sys.exit(2)
 
@@ -133,6 +138,17 @@ def lock(folder):
     except OSError as e:
         print(f'{folder} has no locks ({e.strerror}): see that no other process writes there', file=sys.stderr)
     return file
+
+
+def read_json(path):
+    """The dict in a JSON file that a script of this project wrote."""
+    try:
+        values = json.loads(Path(path).read_text(encoding='utf-8'))
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise UsageError(f'{path} is damaged: make it again or give another')
+    return values
 
 
 def optional(module, path):
@@ -265,6 +281,9 @@ class HuggingFaceEncoding(tiktoken.Encoding):
         self.tokenizer.no_padding()
         self.tokenizer.encode_special_tokens = True  # special tokens within a text are ordinary text
         super().__init__(path.name, pat_str='', mergeable_ranks=ranks, special_tokens=added)
+        probe, in_utf8 = 'Ab  c\n\tÉ 你', {*range(0xF5)} - {0xC0, 0xC1}
+        if any(bytes([b]) not in ranks for b in in_utf8) or self.decode(self.encode_ordinary(probe)) != probe:
+            raise UsageError(f'{path} loses some of a text (letters, blanks or bytes): give another tokenizer')
 
     def encode_ordinary(self, text):
         return self.encode_ordinary_batch([text])[0]
@@ -294,14 +313,17 @@ def find_inputs(sources, out):
         if not files:
             raise UsageError(f'no files found for {source!r}: give files, folders, globs, stdlib, shakespeare, hf:NAME')
         for file in files:
-            inputs.setdefault(file, (file, not in_folder, file.stat().st_size, file.stat().st_mtime_ns))
+            inputs.setdefault(os.path.realpath(file), (file, not in_folder, file.stat().st_size, file.stat().st_mtime_ns))
     return list(inputs.values())
 
 
 def walk(folder, out):
     """The files of a folder and those below it, without hidden ones and without the output folder."""
     names = []
-    for at, folders, files in os.walk(folder):
+
+    def refuse(error):
+        raise error
+    for at, folders, files in os.walk(folder, onerror=refuse):
         if Path(at).resolve() == out.resolve():
             folders.clear()
             continue
@@ -343,8 +365,10 @@ def read_documents(path):
                 stream = gzip.GzipFile(fileobj=raw)
             elif name.endswith('.zst'):
                 stream = io.BufferedReader(optional('pyarrow', path).input_stream(raw, compression='zstd'), 2**20)
+            if stream is not raw and os.path.getsize(path) == 0:
+                raise UsageError(f'{path} is empty, which no packed file is: mend it or leave it out')
             if form == '.parquet':
-                table = optional('pyarrow.parquet', path).ParquetFile(raw)
+                table = optional('pyarrow.parquet', path).ParquetFile(raw, page_checksum_verification=True)
                 rows = (row for batch in table.iter_batches(256, columns=['text']) for row in batch.to_pylist())
                 texts = row_texts(rows, path)
             elif form in ('.jsonl', '.ndjson'):
@@ -478,6 +502,8 @@ def prepare(sources=('stdlib',), out='data/stdlib', tokenizer='bytes', val_fract
             'val_fraction': val_fraction}
 
     work, is_new = out / UNFINISHED, not out.exists()  # everything is made here, and moved when it is whole
+    if not work.is_dir() and (out / 'meta.json').is_file() != (out / 'train.bin').is_file():
+        raise UsageError(f'{out} holds a run, or data of another project: give the data a folder of its own by --out')
     work.mkdir(parents=True, exist_ok=True)
     lock_file = lock(work)
     try:
@@ -505,7 +531,7 @@ def write_tokens(inputs, work, enc, meta, workers):
     job = json.dumps([meta, [[str(path), *rest] for path, *rest in inputs]])
     job = hashlib.sha256(job.encode()).hexdigest()
     progress = work / 'progress.json'
-    state = json.loads(progress.read_text(encoding='utf-8')) if progress.is_file() else {}
+    state = read_json(progress) if progress.is_file() else {}
     if state.get('job') != job:
         progress.unlink(missing_ok=True)
         state = {'job': job, 'batches': 0} | {name: {'tokens': 0, 'documents': 0} for name in SPLITS}

@@ -34,7 +34,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import AdaPonderLM, check_sampling, load_checkpoint, rope_table, sample
-from prepare_data import EOT, UsageError, check_writable, command_line, load_tokenizer, optional, write_beside
+from prepare_data import (EOT, UsageError, check_writable, command_line, load_tokenizer, optional, read_json,
+                          write_beside)
 
 
 # -----------------------------------------------------------------------------
@@ -149,7 +150,7 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=No
     stop_token: ends a sequence, and is yielded. A text that outgrows block_size goes on with its last part, see
     AdaPonderLM.window(). Raises ValueError for an empty prompt, unknown tokens and numbers outside their range.
     """
-    model.check_max_iter(max_iter)
+    model.check_halting(tau, max_iter)
     check_sampling(temperature, top_k, top_p)
     texts = [list(p) for p in prompts]
     if any(not t or min(t) < 0 or max(t) >= model.cfg.vocab_size for t in texts):
@@ -374,12 +375,12 @@ def load(ckpt, dtype):
         raise UsageError(f'there is no {path}: give a checkpoint, a folder with one or a hub name like EleutherAI/NAME')
     transformers = optional('transformers', path)
     config, _ = transformers.PretrainedConfig.get_config_dict(path if path.is_dir() else ckpt)
-    n_iter = None if 'ponderinglm' in config else 1  # a plain Pythia
+    n_iter = None if isinstance(config, dict) and 'ponderinglm' in config else 1  # a plain Pythia
     model = AdaPonderLM.from_pretrained(ckpt, n_iter, dtype)
     folder = model.tokenizer_files[0].parent if model.tokenizer_files else path  # a hub name's is in a cache
     meta = folder / 'meta.json'
     if meta.is_file():
-        return model, load_tokenizer(json.loads(meta.read_text(encoding='utf-8')), folder)
+        return model, load_tokenizer(read_json(meta), folder)
     return model, load_tokenizer(folder / 'tokenizer.json')
 
 
@@ -518,8 +519,6 @@ def parse(argv):
     p.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
     args = p.parse_args(argv)
     check_sampling(args.temperature, args.top_k, args.top_p)
-    if args.tau is not None and not 0 <= args.tau < 1:
-        raise UsageError(f'tau must be in [0, 1), not {args.tau}')
     if args.max_new_tokens < 0 or args.num_samples < 1 or args.batch < 1 or not 0 <= args.seed < 2 ** 62:
         raise UsageError('max_new_tokens must be at least 0, num_samples and batch at least 1, seed in [0, 2^62)')
     if bool(args.prompts) < bool(args.out) or (args.prompts and (args.html or args.depth or args.num_samples > 1)):
@@ -537,7 +536,7 @@ def main(argv=None):
     device = get_device(args.device)
     model, enc = load(args.ckpt, getattr(torch, args.dtype))
     model = model.to(device).eval()
-    model.check_max_iter(args.max_iter)
+    model.check_halting(args.tau, args.max_iter)
     stop = None if args.ignore_eot else enc._special_tokens[EOT]
     if args.prompts:
         runs, seconds = run_batch(args, model, enc, stop)

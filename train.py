@@ -40,7 +40,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import model as model_py
 from model import TOKENIZER_FILES, AdaPonderConfig, AdaPonderLM, HaltingSchedule, load_checkpoint
 from prepare_data import (UsageError, check_writable, command_line, drop_stdout, file_sha256, load_tokenizer, lock,
-                          optional, prepare, write_beside)
+                          optional, prepare, read_json, write_beside)
 
 Duration = int | str  # a number of steps, or '1000 steps', '1.2B tokens', '40%' (of max_steps)
 
@@ -117,6 +117,8 @@ RANGES |= dict.fromkeys(('block_size', 'n_layer', 'n_embd', 'n_iter', 'batch_siz
                          'log_interval'), (1, 2 ** 20))
 RANGES |= dict(n_layer=(1, 1024), n_iter=(1, 1024), gate_bias=(-100, 100))
 
+CHOICES = dict(dtype=('auto', 'float32', 'bfloat16'), execution=('dense', 'packed'))
+
 # What nanoGPT calls our fields
 OTHER_NAMES = dict(lr='learning_rate', min_lr='final_lr', warmup_iters='warmup', max_iters='max_steps',
                    lr_decay_iters='max_steps', eval_iters='eval_tokens', dataset='data_dir')
@@ -136,6 +138,8 @@ def checked(key, value, kind):
     low, high = RANGES.get(key, (0, 2 ** 31 - 1))
     if is_number and not low <= value <= high:  # NaN is refused as well
         raise UsageError(f'{key} must be from {low} to {high}, not {value}')
+    if value not in CHOICES.get(key, (value,)):
+        raise UsageError(f'{key} must be one of {", ".join(CHOICES[key])}, not {value}')
     return float(value) if kind is float else value
 
 
@@ -145,10 +149,11 @@ def read_config_file(path):
     if not path.is_file():
         raise UsageError(f'there is no config file {path}')
     try:
-        exec(compile(path.read_text(encoding='utf-8-sig'), str(path), 'exec'), names)
-    except Exception as e:
+        exec(path.read_text(encoding='utf-8-sig'), names)
+    except (Exception, SystemExit) as e:
         raise UsageError(f'{path} is not a config file of assignments: {type(e).__name__}: {e}')
-    return {k: v for k, v in names.items() if not (k.startswith('_') or callable(v) or inspect.ismodule(v))}
+    imported = {k for k, v in names.items() if (callable(v) or inspect.ismodule(v)) and not hasattr(TrainConfig, k)}
+    return {k: v for k, v in names.items() if not k.startswith('_') and k not in imported}
 
 
 def load_config(argv):
@@ -179,9 +184,11 @@ def in_steps(name, duration, tokens_per_step, max_steps=None):
     factors = {'': 1, 'K': 10 ** 3, 'M': 10 ** 6, 'B': 10 ** 9, 'T': 10 ** 12}
     number, unit = (float(m[1]) * factors[m[2]], m[3]) if m else (-1, None)
     if unit == 'tokens':
-        number = round(number / tokens_per_step)
+        number /= tokens_per_step
     elif unit == '%':
-        number = -1 if max_steps is None else round(number / 100 * max_steps)
+        number = -1 if max_steps is None else number / 100 * max_steps
+    if unit in ('tokens', '%') and 0 < number < 2 ** 31:
+        number = max(1, round(number))  # 0 would mean another thing
     if not 0 <= number < 2 ** 31 or number % 1:
         raise UsageError(f"{name} must be a number of steps, or like '1.2B tokens'"
                          + (" or '40%' of max_steps" if max_steps else '') + f', not {duration!r}')
@@ -264,10 +271,7 @@ def load_meta(folder):
     path = Path(folder) / 'meta.json'
     if not path.is_file():
         raise UsageError(f'no data in {folder} (no meta.json): run "python prepare_data.py PATH ... --out {folder}"')
-    try:
-        meta = json.loads(path.read_text(encoding='utf-8'))
-    except (ValueError, RecursionError):
-        raise UsageError(f'{path} is damaged: run prepare_data.py again')
+    meta = read_json(path)
     check_types(path, meta, dtype=str, vocab_size=int, tokenizer=str, tokenizer_sha256=str, train=dict, val=dict)
     for split in (meta['train'], meta['val']):
         check_types(path, split, files=list)
@@ -346,10 +350,7 @@ def initial_model(cfg, meta):
     settings = {f.name: getattr(cfg, f.name) for f in fields(AdaPonderConfig) if hasattr(cfg, f.name)}
     if cfg.init_from == 'scratch':
         settings['vocab_size'] = cfg.vocab_size or -(-meta['vocab_size'] // 64) * 64
-        try:
-            return AdaPonderLM(AdaPonderConfig(**settings))
-        except (RuntimeError, MemoryError) as e:
-            raise UsageError(f'a model of this size cannot be made: {model_py.first_line(e)}')
+        return AdaPonderLM(AdaPonderConfig(**settings))
 
     given = {k: v for k, v in settings.items() if k in cfg.given and k != 'block_size'}
     shape = {k: given.pop(k, 0) for k in ('vocab_size', 'n_layer', 'n_head', 'n_embd')}
@@ -369,7 +370,7 @@ def initial_model(cfg, meta):
             if file.name == 'tokenizer.json':
                 tokenizer = dict(tokenizer=file, tokenizer_sha256=file_sha256(file)) | tokenizer
             elif file.name == 'meta.json':  # save_pretrained() wrote it
-                tokenizer = json.loads(file.read_text(encoding='utf-8'))
+                tokenizer = read_json(file)
     check_types(path, dict(meta=tokenizer), meta=dict)
     for k, value in shape.items():
         if value and value != getattr(model.cfg, k):
@@ -436,12 +437,11 @@ def evaluate(model, val, cfg, device, autocast, halting=True, rank=0, world=1):
                 flops_saved=float(1 - (flops * share).sum() / fixed.inference_flops(K, context)))
 
 
-def closing_sample(model, cfg, val, meta, data_dir):
+def closing_sample(model, cfg, val, meta, enc):
     """A prompt from the val split, and after a | what the model makes of it, up to the end of the document."""
     from sample import visible  # shows control bytes as escapes
     # compiled blocks would be compiled again for every length: put the same weights into a model without
     model = AdaPonderLM.from_state(dict(config=asdict(model.cfg), model=model.state_dict()))
-    enc = load_tokenizer(meta, data_dir)
     prompt = val.tokens(0, min(32, cfg.block_size)).tolist()
     idx = torch.tensor([prompt], device=model.embed.weight.device)
     generator = torch.Generator().manual_seed(cfg.seed)
@@ -458,7 +458,7 @@ def check_resume(path, state, cfg, meta, start):
     check_types(path, state['optimizer'], state=dict)
     before, now = state['train_config'], asdict(cfg)
     changed = [k for k in now if str(before.get(k)) != str(now[k]) and k not in ('resume', 'device', 'out_dir')]
-    lasting = {f.name for f in fields(AdaPonderConfig)} | {'seed', 'batch_size', 'gradient_accumulation_steps'}
+    lasting = {f.name for f in fields(AdaPonderConfig)} | {'seed', 'batch_size', 'gradient_accumulation_steps', 'init_from'}
     fatal = [k for k in changed if k in lasting]
     if (start <= state['step']) != (state['ponder_start'] <= state['step']):  # gates would act at another time
         fatal.append(f'ponder_start ({state["ponder_start"]} steps, now {start})')
@@ -474,12 +474,10 @@ def check_resume(path, state, cfg, meta, start):
 def trim_log(path, step):
     """Leave in log.jsonl what was written up to the checkpoint of this step; lines may be torn."""
     valid = []
-    for line in path.read_text(encoding='utf-8').splitlines() if step and path.is_file() else []:
-        try:
+    for line in path.read_text(encoding='utf-8', errors='replace').splitlines() if step and path.is_file() else []:
+        with suppress(ValueError, KeyError, TypeError, RecursionError):
             if json.loads(line)['step'] <= step:
                 valid.append(line + '\n')
-        except ValueError:
-            pass
     write_beside(path, ''.join(valid).encode())
 
 
@@ -522,8 +520,6 @@ def train(cfg):
     print0 = print_line if master else lambda text: None
     device = get_device(cfg.device)
     autocast, dtype = get_autocast(device, cfg.dtype)
-    if cfg.execution not in ('dense', 'packed'):
-        raise UsageError(f"execution must be 'dense' or 'packed', not {cfg.execution!r}")
     if cfg.gradient_accumulation_steps % world:
         raise UsageError(f'gradient_accumulation_steps must be a multiple of the number of processes, {world}')
 
@@ -537,8 +533,10 @@ def train(cfg):
     # data; the other processes wait for process 0, which may have to prepare it, in init_process_group
     data_dir, out_dir = (Path(os.path.expanduser(p)) for p in (cfg.data_dir, cfg.out_dir))
     has_data = (data_dir / 'meta.json').is_file()
-    if os.path.realpath(data_dir) == os.path.realpath(out_dir):
-        raise UsageError(f'out_dir and data_dir are both {out_dir}: give the run a folder of its own')
+    taken = (out_dir / 'train.bin').exists() or (out_dir / 'config.json').exists()
+    if taken or os.path.realpath(data_dir) == os.path.realpath(out_dir):
+        raise UsageError(f'{out_dir} is for data, or holds a Hugging Face model: give the run an --out_dir of its own')
+    wandb = optional('wandb', '--wandb_log=True') if cfg.wandb_log and master else None
     if not has_data and (cfg.init_from != 'scratch' or cfg.data_dir != TrainConfig.data_dir):
         load_meta(data_dir)  # raises
     if master and not has_data:
@@ -556,6 +554,7 @@ def train(cfg):
             if any(other[name] != ranks[0][name] for other in ranks):
                 raise UsageError(f'not all processes have the same {name}: all nodes need the same files')
     meta = load_meta(data_dir)
+    enc = load_tokenizer(meta, data_dir) if cfg.sample_tokens else None  # refused now, not after the training
 
     # model
     torch.manual_seed(cfg.seed)
@@ -596,7 +595,6 @@ def train(cfg):
             if (data_dir / name).is_file():
                 shutil.copyfile(data_dir / name, out_dir / name)
         if cfg.wandb_log:
-            wandb = optional('wandb', '--wandb_log=True')
             run = wandb.init(project=cfg.wandb_project, name=out_dir.name, dir=str(out_dir), config=asdict(cfg),
                              id=wandb_id, resume='allow' if wandb_id else None)
             wandb_id = run.id
@@ -754,7 +752,7 @@ def train(cfg):
         signal.signal(s, handler)
     print0(f'see how long it thought about each token: python sample.py --ckpt {ckpt_path} --depth\n')
     if master and cfg.sample_tokens:
-        print0(closing_sample(model, cfg, val_data, meta, data_dir))
+        print0(closing_sample(model, cfg, val_data, meta, enc))
     return 0 if saved else 1
 
 
@@ -771,7 +769,7 @@ def main(argv=None):
         is_master = os.environ.get('RANK', '0') == '0'
         with run_folder(Path(os.path.expanduser(cfg.out_dir))) if is_master else nullcontext():
             code = train(cfg)
-    except torch.cuda.OutOfMemoryError:
+    except torch.OutOfMemoryError:
         raise UsageError('the GPU has too little memory: lower batch_size and raise gradient_accumulation_steps, '
                          'or give --remat=True')
     except UsageError:  # all of these are raised before the first step, so no other process waits for this one's

@@ -1626,6 +1626,29 @@ for kills in range(6):
     assert distance(tmp_path, trained / 'out') == 0 and read_log(tmp_path) == read_log(trained / 'out')
 
 
+def test_blocks_compile_at_the_first_steps_of_a_phase_alone(monkeypatch):
+    """Graphs that dynamo makes for compiled blocks, counted over a run with all phases of a training and evaluations."""
+    monkeypatch.setattr(torch._dynamo.config, 'recompile_limit', 64)  # as train.py has it
+    torch._dynamo.reset()
+    m, n_graphs = tiny(torch.float32, **SAVES), []
+    for block in m.blocks:
+        block.compile(backend='aot_eager')
+    schedule = model_py.HaltingSchedule(m.cfg, 12, start=3, full=9, k_max=0.5, gates_alone=3)
+    for step in range(12):
+        for name, p in m.named_parameters():
+            p.requires_grad_(name.startswith('gates.') or not 3 <= step < 6)
+        x = random_tokens(4, 33, seed=step)
+        out = m(x[:, :-1], x[:, 1:], **schedule.at(step))
+        out.loss.backward()
+        schedule.update(step, out.depth)
+        if step % 3 == 2:
+            with torch.no_grad():
+                m(x[:, :-1], x[:, 1:], halting=step >= 6)
+        n_graphs.append(torch._dynamo.utils.counters['stats']['unique_graphs'])
+    grows = [step for step in range(1, 12) if n_graphs[step] > n_graphs[step - 1]]
+    assert set(grows) <= {2, 3, 5, 6, 8, 9} and n_graphs[-1] - n_graphs[0] < 16, n_graphs
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))

@@ -219,13 +219,16 @@ def test_three_executions_equal_the_naive_reference(kw, precision, device):
 @pytest.mark.parametrize('kw', [PAPER, SAVES])
 def test_all_tokens_may_halt_at_once(kw):
     m, x = tiny(vocab_size=50304, n_layer=1, n_embd=16, **kw), random_tokens(2, 5)
+
+    def halt(i, s, h, row, pos):
+        return torch.zeros_like(s, dtype=torch.bool)
     for execution, grad, y in itertools.product(('dense', 'packed'), (True, False), (x, torch.full_like(x, -100))):
         with torch.set_grad_enabled(grad):
-            out = m(x, y, execution=execution, tau=0.9999, k=0.5)
+            out = m(x, y, execution=execution, policy=halt, k=0.5)
         assert (out.depth == 1).all() and len(out.records) == 1 and torch.isfinite(out.loss)
         if grad:
             out.loss.backward()
-    assert (cached(m, x, 2, tau=0.9999).depth == 1).all()
+    assert (cached(m, x, 2, policy=halt).depth == 1).all()
 
 
 def test_initialisation():

@@ -152,8 +152,8 @@ def read_config_file(path):
         exec(path.read_text(encoding='utf-8-sig'), names)
     except (Exception, SystemExit) as e:
         raise UsageError(f'{path} is not a config file of assignments: {type(e).__name__}: {e}')
-    imported = {k for k, v in names.items() if (callable(v) or inspect.ismodule(v)) and not hasattr(TrainConfig, k)}
-    return {k: v for k, v in names.items() if not k.startswith('_') and k not in imported}
+    helpers = {k for k, v in names.items() if (callable(v) or inspect.ismodule(v)) and not hasattr(TrainConfig, k)}
+    return {k: v for k, v in names.items() if not k.startswith('_') and k not in helpers}
 
 
 def load_config(argv):

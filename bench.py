@@ -322,7 +322,8 @@ def load_models(a):
             raise UsageError(f'--others takes NAME=CKPT, with a name of its own for each, not {other!r}')
         models[name], its_state = load(os.path.expanduser(path), a)
         tokenizers = {s['meta'].get('tokenizer_sha256') for s in (state, its_state) if s.get('meta')}
-        if len(tokenizers) > 1 or any(getattr(models[name].cfg, f) != getattr(model.cfg, f) for f in ('vocab_size', 'block_size')):
+        shapes = {(m.cfg.vocab_size, m.cfg.block_size) for m in (model, models[name])}
+        if len(tokenizers) > 1 or len(shapes) > 1:
             raise UsageError(f'{path} has another tokenizer or block_size than {a.ckpt}: they cannot be compared')
     return models, state
 

@@ -313,7 +313,8 @@ def find_inputs(sources, out):
         if not files:
             raise UsageError(f'no files found for {source!r}: give files, folders, globs, stdlib, shakespeare, hf:NAME')
         for file in files:
-            inputs.setdefault(os.path.realpath(file), (file, not in_folder, file.stat().st_size, file.stat().st_mtime_ns))
+            entry = file, not in_folder, file.stat().st_size, file.stat().st_mtime_ns
+            inputs.setdefault(os.path.realpath(file), entry)  # once, however many of the sources it is in
     return list(inputs.values())
 
 

@@ -1305,7 +1305,8 @@ p.prepare(sys.argv[5:], sys.argv[2], sys.argv[3], float(sys.argv[4]))
     ('x', b'\xef\xbb\xbf', {}, 'too little text'), ('x', 'text'.encode('utf-16'), {}, 'UTF-8'),
     ('x', b'a', {}, 'too little text'), ('x.tar', archive('tar'), {}, 'unpack an archive'),
     ('x.tar.gz', archive('gztar'), {}, 'unpack an archive'), ('x.zip', archive('zip'), {}, 'unpack an archive'),
-    ('x.gz', b'not packed', {}, 'x.gz cannot be read'), ('x.gz', b'', {}, 'x.gz is empty'), ('x.jsonl', b'\n{"text": ""}\n', {}, 'too little text'),
+    ('x.gz', b'not packed', {}, 'x.gz cannot be read'), ('x.gz', b'', {}, 'x.gz is empty'),
+    ('x.jsonl', b'\n{"text": ""}\n', {}, 'too little text'),
     ('x.jsonl', b'{"text": "a"}\n{"text": "b"\n', {}, 'x.jsonl, line 2 is not an object with a string "text"'),
     *[('x.jsonl', line, {}, 'line 1 is not')
       for line in (b'{"txt": "a"}\n', b'\xff\n', b'["text"]\n', b'{"text": 5}', b'[' * 100_000)],
@@ -1630,7 +1631,7 @@ for kills in range(6):
 
 
 def test_blocks_compile_at_the_first_steps_of_a_phase_alone(monkeypatch):
-    """Graphs that dynamo makes for compiled blocks, counted over a run with all phases of a training and evaluations."""
+    """Graphs that dynamo makes for compiled blocks, counted over all phases of a training and its evaluations."""
     monkeypatch.setattr(torch._dynamo.config, 'recompile_limit', 64)  # as train.py has it
     torch._dynamo.reset()
     m, n_graphs = tiny(torch.float32, **SAVES), []
@@ -1777,7 +1778,8 @@ FILE = dict(name='val_0.bin', tokens=900, sha256='0' * 64)
     (dict(max_steps='40%'), 'max_steps must'), (dict(ponder_start='soon'), "not 'soon'"), (dict(warmup=-4), "not '-4'"),
     (dict(dtype='float16'), 'dtype must be'), (dict(execution='auto'), 'execution'), (dict(batch_size=0), 'from 1'),
     (dict(k_max=1.5), 'from 0 to 1'), (dict(explore=math.nan), 'explore'), (dict(seed=2 ** 40), 'seed'),
-    (dict(beta1=1), 'beta1'), (dict(eval_tokens=-5), 'eval_tokens'), (dict(max_steps='1.5'), 'max_steps must'), (dict(max_steps='1e400 tokens'), 'max_steps must'),
+    (dict(beta1=1), 'beta1'), (dict(eval_tokens=-5), 'eval_tokens'), (dict(max_steps='1.5'), 'max_steps must'),
+    (dict(max_steps='1e400 tokens'), 'max_steps must'),
     (dict(wandb_log=True), 'pip install wandb'), (dict(meta=dict(tokenizer='foo'), sample_tokens=9), 'tokenizer'),
     (dict(n_embd=10 ** 12), 'n_embd'), (dict(gate_bias=math.inf), 'gate_bias'), (dict(n_embd=17), 'divisible'),
     (dict(ponder_full=5), r'ponder_full \(step 5\) lies before step 6'), (dict(vocab_size=200), '257 token ids'),
@@ -1817,7 +1819,8 @@ def test_config_files(trained, tmp_path, monkeypatch, capsys):
     cfg = train.load_config(['~/good.py', '--learning_rate=1', '--max_steps=1e3', '--out_dir=7', '--halting=False'])
     assert cfg == train.TrainConfig(n_iter=6, tau=0.0, learning_rate=1.0, max_steps='1e3', out_dir='7', halting=False)
     assert cfg.given == {'n_iter', 'tau', 'learning_rate', 'max_steps', 'out_dir', 'halting'}
-    durations = {7: 7, '7': 7, '40%': 80, '1.5M tokens': 1500, '2K steps': 2000, '0.5%': 1, '0.1%': 1, '9 tokens': 1, '0%': 0, '1e3': 1000}
+    durations = {7: 7, '7': 7, '40%': 80, '1.5M tokens': 1500, '2K steps': 2000, '0.5%': 1, '0.1%': 1,
+                 '9 tokens': 1, '0%': 0, '1e3': 1000}
     assert [train.in_steps('x', d, 1000, 200) for d in durations] == list(durations.values())
     with pytest.raises(SystemExit):
         train.load_config(['--help'])
@@ -2007,7 +2010,8 @@ def test_config_refuses_nonsense(kw, words):
     (lambda m, x: m(x), '32'), (lambda m, x: m(x[:, :0]), '0'), (lambda m, x: m(x[:, :4], x[:, :3]), 'targets'),
     (lambda m, x: m(x[:, :4], execution='fast'), 'execution'), (lambda m, x: m(x[:, :4], max_iter=5), 'max_iter'),
     (lambda m, x: m.generate(x, 3, max_iter=0), 'max_iter'), (lambda m, x: m.generate(x, -1), 'max_new_tokens'),
-    (lambda m, x: m(x[:, :4], tau=5.0), 'tau'), (lambda m, x: m(x[:, :4], policy=lambda *_: _[1][:1] > 0), 'the policy'),
+    (lambda m, x: m(x[:, :4], tau=5.0), 'tau'),
+    (lambda m, x: m(x[:, :4], policy=lambda i, s, h, row, pos: s[:1] > 0), 'the policy'),
     (lambda m, x: m.generate(x[:, :0], 3), 'one token'),
     (lambda m, x: m.generate(x + 61, 3), 'from 0 to 60'), (lambda m, x: m.generate(x - 1, 3), 'from 0 to 60'),
     (lambda m, x: m.generate(x, 3, top_p=math.nan), 'top_p'), (lambda m, x: m.generate(x, 3, top_k=0), 'top_k'),
@@ -2194,7 +2198,7 @@ def test_ppl_and_results(tmp_path, capsys):
     run_bench('results', tmp_path / 'r' / 'results.json', '--out', tmp_path / 'again')  # made anew
     assert capsys.readouterr().out.split('wrote')[0] == first.split('wrote')[0]
     refuses('repeats a seed', run_bench, 'results', tmp_path / 'one.json', tmp_path / 'one.json', '--out', tmp_path)
-    two = bench_run(tmp_path, 'two.pt', tiny(torch.float32, n_iter=2))  # no convergence exits: they need two predictions
+    two = bench_run(tmp_path, 'two.pt', tiny(torch.float32, n_iter=2))  # nothing converges yet
     run_bench('ppl', '--ckpt', two, '--save', 0.2, '--eval_tokens', 100, '--group', '$a$ x^')
 
 

@@ -458,7 +458,8 @@ def check_resume(path, state, cfg, meta, start):
     check_types(path, state['optimizer'], state=dict)
     before, now = state['train_config'], asdict(cfg)
     changed = [k for k in now if str(before.get(k)) != str(now[k]) and k not in ('resume', 'device', 'out_dir')]
-    lasting = {f.name for f in fields(AdaPonderConfig)} | {'seed', 'batch_size', 'gradient_accumulation_steps', 'init_from'}
+    lasting = {f.name for f in fields(AdaPonderConfig)}
+    lasting |= {'seed', 'batch_size', 'gradient_accumulation_steps', 'init_from'}
     fatal = [k for k in changed if k in lasting]
     if (start <= state['step']) != (state['ponder_start'] <= state['step']):  # gates would act at another time
         fatal.append(f'ponder_start ({state["ponder_start"]} steps, now {start})')

@@ -308,7 +308,8 @@ def compare_policies(model, x, a, kinds, targets, name):
             active = [float((depth > i).double().mean()) for i in range(1, K)]
         for d in range(1, K + 1) if target is None else []:
             at = depth == d
-            depths.append(dict(model=name, depth=d, share=float(at.double().mean()), nll=float(nll[at].mean())))
+            if at.any():
+                depths.append(dict(model=name, depth=d, share=float(at.double().mean()), nll=float(nll[at].mean())))
     return rows, depths
 
 

@@ -374,8 +374,11 @@ def load(ckpt, dtype):
     if not path.is_dir() and (path.is_absolute() or ckpt.count('/') != 1 or path.parent.is_dir()):
         raise UsageError(f'there is no {path}: give a checkpoint, a folder with one or a hub name like EleutherAI/NAME')
     transformers = optional('transformers', path)
-    config, _ = transformers.PretrainedConfig.get_config_dict(path if path.is_dir() else ckpt)
-    n_iter = None if isinstance(config, dict) and 'ponderinglm' in config else 1  # a plain Pythia
+    try:
+        config, _ = transformers.PretrainedConfig.get_config_dict(path if path.is_dir() else ckpt)
+    except TypeError:
+        raise UsageError(f'the config.json in {path} is no JSON object: give another folder') from None
+    n_iter = None if 'ponderinglm' in config else 1  # a plain Pythia
     model = AdaPonderLM.from_pretrained(ckpt, n_iter, dtype)
     folder = model.tokenizer_files[0].parent if model.tokenizer_files else path  # a hub name's is in a cache
     meta = folder / 'meta.json'

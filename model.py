@@ -59,8 +59,8 @@ class AdaPonderConfig:
                 setattr(self, f.name, value := float(value))
             if type(value) is not f.type:
                 raise ValueError(f'{f.name} must be of type {f.type.__name__}, not {value!r}')
-        most = dict(vocab_size=2 ** 31, block_size=2 ** 31, n_embd=2 ** 31, n_head=2 ** 31, n_layer=1024, n_iter=1024)
-        for name, limit in most.items():
+        for name in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd', 'n_iter'):
+            limit = 1024 if name in ('n_layer', 'n_iter') else 2 ** 31 - 1
             if not 1 <= getattr(self, name) <= limit:
                 raise ValueError(f'{name} must be from 1 to {limit}, not {getattr(self, name)}')
         if self.n_embd % self.n_head:
@@ -154,8 +154,8 @@ def dense_attention(q, k, v, kv, at):
 def packed_attention(q, k, v, kv, at):
     """The tokens with flat indices at[1] (N,) run, in rising order. q, k, v: (N, nh, hs), kv: two (B, T, nh, hs).
 
-    On a GPU their queries are put at their places, because a causal kernel over whole sequences beats a masked one over
-    some; on a CPU a masked kernel runs 128 of them at a time, against the keys up to the last of these.
+    On a GPU their queries are put at their places, for one causal kernel over whole sequences. On a CPU a masked kernel
+    takes 128 of them at a time, against the keys up to the last of these, and so leaves halted ones out.
     """
     index = at[1]
     if index is None:  # the first iteration: q, k, v are (B, T, nh, hs)
@@ -203,7 +203,7 @@ def few_tokens(x, weight, parts):
 
 
 class Linear(nn.Linear):
-    parts = 8
+    parts = 8  # see few_tokens()
 
     def forward(self, x):
         if not few_tokens(x, self.weight, self.parts):
@@ -585,6 +585,7 @@ class AdaPonderLM(nn.Module):
         return loss
 
     def check_halting(self, tau, max_iter):
+        """Raises ValueError for numbers outside their range."""
         if tau is not None and not 0 <= tau < 1:
             raise ValueError(f'tau must be in [0, 1), not {tau}')
         if max_iter is not None and not 1 <= max_iter <= self.cfg.n_iter:
@@ -668,6 +669,9 @@ class AdaPonderLM(nn.Module):
             model.load_state_dict(state['model'], assign=True)
         except (TypeError, AttributeError, RuntimeError) as e:  # a field or tensor that this version does not have
             raise ValueError(f'{path} is of another version of this project ({first_line(e)})') from None
+        dtype = model.embed.weight.dtype
+        if not all(is_plain(t, dtype) for t in model.state_dict().values()):  # others would crash torch
+            raise ValueError(f'{path} is damaged or of another version: not all its tensors are dense and of one type')
         return model
 
     @classmethod
@@ -803,6 +807,12 @@ def config_from_hf(hf, n_iter=None, overrides={}):
 def first_line(error):
     """An exception in one line: libraries like to add advice of many."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def is_plain(tensor, dtype):
+    """Whether a tensor is dense, with its numbers in order, and of this floating-point dtype."""
+    is_dense = tensor.layout is torch.strided and tensor.is_contiguous()
+    return is_dense and tensor.dtype == dtype and dtype.is_floating_point
 
 
 def load_checkpoint(path, map_location='cpu'):

@@ -81,15 +81,18 @@ def command_line(main):
     except BrokenPipeError:  # as in "sample.py | head": the reader has seen enough
         drop_stdout()
         sys.exit(1)
-    except (ValueError, OSError, MemoryError, RuntimeError) as e:
-        sentence = ' '.join(str(e).split()) or type(e).__name__
-        is_memory = isinstance(e, MemoryError) or (isinstance(e, RuntimeError) and 'memory' in sentence)
-        if is_memory:
-            sentence = f'there is too little memory, ask for less at a time ({sentence[:80]})'
-        elif isinstance(e, RuntimeError) and not isinstance(e, RecursionError):  # the latter from a user's JSON
+    except (ValueError, OSError) as e:
+        exit_with(str(e) or type(e).__name__)
+    except (MemoryError, RuntimeError) as e:  # numpy raises the first, torch the second, and that for bugs as well
+        if isinstance(e, RuntimeError) and not re.search('allocate memory|out of memory', str(e)):
             raise
-        print(f'{Path(sys.argv[0]).name}: {sentence}', file=sys.stderr)
-        sys.exit(2)
+        exit_with(f'there is too little memory, ask for less at a time ({str(e)[:80]})')
+
+
+def exit_with(sentence):
+    """Leave with code 2, and the sentence on stderr in one line."""
+    print(f'{Path(sys.argv[0]).name}: {" ".join(sentence.split())}', file=sys.stderr)
+    sys.exit(2)
 
 
 def drop_stdout():
@@ -504,7 +507,7 @@ def prepare(sources=('stdlib',), out='data/stdlib', tokenizer='bytes', val_fract
 
     work, is_new = out / UNFINISHED, not out.exists()  # everything is made here, and moved when it is whole
     if not work.is_dir() and (out / 'meta.json').is_file() != (out / 'train.bin').is_file():
-        raise UsageError(f'{out} holds a run, or data of another project: give the data a folder of its own by --out')
+        raise UsageError(f'{out} holds a run, or files of another program: give the data a folder of its own')
     work.mkdir(parents=True, exist_ok=True)
     lock_file = lock(work)
     try:
@@ -532,7 +535,10 @@ def write_tokens(inputs, work, enc, meta, workers):
     job = json.dumps([meta, [[str(path), *rest] for path, *rest in inputs]])
     job = hashlib.sha256(job.encode()).hexdigest()
     progress = work / 'progress.json'
-    state = read_json(progress) if progress.is_file() else {}
+    state = {}
+    if progress.is_file():
+        with suppress(UsageError):  # a damaged one: begin anew
+            state = read_json(progress)
     if state.get('job') != job:
         progress.unlink(missing_ok=True)
         state = {'job': job, 'batches': 0} | {name: {'tokens': 0, 'documents': 0} for name in SPLITS}

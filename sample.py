@@ -376,7 +376,7 @@ def load(ckpt, dtype):
     transformers = optional('transformers', path)
     try:
         config, _ = transformers.PretrainedConfig.get_config_dict(path if path.is_dir() else ckpt)
-    except TypeError:
+    except (TypeError, RecursionError):
         raise UsageError(f'the config.json in {path} is no JSON object: give another folder') from None
     n_iter = None if 'ponderinglm' in config else 1  # a plain Pythia
     model = AdaPonderLM.from_pretrained(ckpt, n_iter, dtype)

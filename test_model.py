@@ -1076,7 +1076,8 @@ def write_jsonl(path, texts):
     ('open("none")', 2, "x.py: [Errno 2] No such file or directory: 'none'\n"),
     ('raise KeyboardInterrupt', 130, 'interrupted\n'), ('print("é \\udcff")', 0, ''), ('{}[1]', 1, 'KeyError: 1\n'),
     ('raise RuntimeError("can\'t allocate memory: 9 bytes")', 2, 'x.py: there is too little memory, ask for less at a '
-     "time (can't allocate memory: 9 bytes)\n"), ('raise RuntimeError("bug")', 1, 'RuntimeError: bug\n')])
+     "time (can't allocate memory: 9 bytes)\n"), ('raise RuntimeError("bug")', 1, 'RuntimeError: bug\n'),
+    ('raise RuntimeError("an illegal memory access")', 1, 'RuntimeError: an illegal memory access\n')])
 def test_command_line(tmp_path, body, code, err):
     write_files(tmp_path, {'x.py': f'import prepare_data as p\ndef main():\n    {body}\np.command_line(main)'})
     for closed in ('', '<&-', '>&-', '2>&-'):
@@ -1298,6 +1299,15 @@ p.prepare(sys.argv[5:], sys.argv[2], sys.argv[3], float(sys.argv[4]))
         prepare_data.prepare(sources, out, *args)
         assert contents(out) == want
         assert left < 10 or left >= steps - 1 or len(batches) <= n - (left - 3) // 3 + 1 < n
+
+
+@pytest.mark.parametrize('text', ['', '{"job', '[]'])
+def test_a_damaged_progress_file_means_to_begin_anew(tmp_path, text):
+    write_files(tmp_path, {'some.txt': 'some text of a user', f'out/{prepare_data.UNFINISHED}/progress.json': text,
+                           f'out/{prepare_data.UNFINISHED}/train.bin': 'torn'})
+    for out in ('out', 'clean'):
+        prepare_data.prepare([tmp_path / 'some.txt'], tmp_path / out)
+    assert contents(tmp_path / 'out') == contents(tmp_path / 'clean')
 
 
 @pytest.mark.parametrize('name, data, kw, words', [
@@ -1856,10 +1866,24 @@ def test_a_config_changed_on_resume_acts_or_is_refused(trained, tmp_path, capsys
 
 
 @pytest.mark.parametrize('change', [
-    dict(optimizer=[1]), dict(optimizer=dict(state=[])), dict(train_config=[1]), dict(step='3'),
-    dict(ponder_start=None), dict(meta=None), dict(meta=[1]), dict(config=dict(pool='all'))])
+    dict(optimizer=[1]), dict(optimizer=dict(state={}, param_groups=[])), dict(optimizer=dict(state=[])),
+    dict(train_config=[1]), dict(step='3'), dict(ponder_start=None), dict(meta=None), dict(meta=[1]),
+    dict(config=dict(pool='all')), *[dict(moment=m) for m in (
+        None, [1], {}, dict(exp_avg=torch.zeros(2)), dict(step=torch.zeros(7)), 'float16', 'sparse', 'expand')],
+    *[dict(weight=w) for w in ('float16', 'sparse', 'expand')]])
 def test_a_damaged_checkpoint_is_refused(trained, tmp_path, change):
-    state = load_checkpoint(trained / 'out/ckpt.pt')
+    state, change = load_checkpoint(trained / 'out/ckpt.pt'), dict(change)
+    odd = dict(float16=lambda x: x.half(), sparse=lambda x: x.to_sparse(), expand=lambda x: x[:1].expand(x.shape))
+    if 'weight' in change:
+        state['model']['embed.weight'] = odd[change.pop('weight')](state['model']['embed.weight'])
+    if 'moment' in change:
+        moments, moment = state['optimizer']['state'], change.pop('moment')
+        if moment in list(odd):
+            moments[0]['exp_avg'] = odd[moment](moments[0]['exp_avg'])
+        else:
+            moments[0] = {**moments[0], **moment} if moment and isinstance(moment, dict) else moment
+        if moment is None:
+            del moments[0]
     torch.save({**state, **change}, tmp_path / 'ckpt.pt')
     refuses('another version', run_train, trained / 'data', tmp_path, max_steps=21)
     if change == dict(meta=[1]):
@@ -1997,7 +2021,7 @@ def test_configs_have_the_published_sizes():
 @pytest.mark.parametrize('kw, words', [
     (dict(n_embd=30), 'divisible by n_head'), (dict(n_iter=0), 'n_iter must be from 1'), (dict(tau=1.0), 'tau'),
     (dict(tau=-0.1), 'tau'), (dict(tau=math.nan), 'tau'), (dict(vocab_size=0), 'vocab_size must be from 1'),
-    (dict(vocab_size=2 ** 32), 'vocab_size'), (dict(n_embd='32'), 'of type int'), (dict(n_layer=True), 'of type int'),
+    (dict(vocab_size=2 ** 31), 'vocab_size'), (dict(n_embd='32'), 'of type int'), (dict(n_layer=True), 'of type int'),
     (dict(rotary_pct=0.4), 'rotary_pct'), (dict(rotary_pct=-0.5), 'rotary_pct'), (dict(rotary_base=0.0), 'rotary_base'),
     (dict(norm_eps=math.nan), 'norm_eps'), (dict(gate_bias=math.inf), 'gate_bias'), (dict(early_ce=-0.1), 'early_ce'),
     (dict(objective='live'), 'objective'), (dict(feedback='x'), 'feedback'), (dict(gate_width=0.01), 'gate_width'),

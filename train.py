@@ -38,7 +38,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import model as model_py
-from model import TOKENIZER_FILES, AdaPonderConfig, AdaPonderLM, HaltingSchedule, load_checkpoint
+from model import TOKENIZER_FILES, AdaPonderConfig, AdaPonderLM, HaltingSchedule, is_plain, load_checkpoint
 from prepare_data import (UsageError, check_writable, command_line, drop_stdout, file_sha256, load_tokenizer, lock,
                           optional, prepare, read_json, write_beside)
 
@@ -472,6 +472,26 @@ def check_resume(path, state, cfg, meta, start):
             f'going on from {path} at step {state["step"]}']
 
 
+def check_moments(path, model, state):
+    """Raise UsageError unless the checkpoint has AdamW's moments of this model: others would crash torch.
+
+    The gates, or the backbone, may have none at all: until they learn for the first time.
+    """
+    moments, has_moments = state['optimizer']['state'], dict(gates=set(), backbone=set())
+    parameters = sorted(model.named_parameters(), key=lambda item: item[1].dim() <= 1)  # as in make_optimizer()
+    fits = True
+    for i, (name, p) in enumerate(parameters):
+        has_moments['gates' if name.startswith('gates.') else 'backbone'].add(i in moments)
+        if i in moments:
+            check_types(path, moments[i], exp_avg=torch.Tensor, exp_avg_sq=torch.Tensor, step=torch.Tensor)
+            first, second, step = (moments[i][key] for key in ('exp_avg', 'exp_avg_sq', 'step'))
+            fits = fits and first.shape == second.shape == p.shape and step.shape == ()
+            fits = fits and is_plain(first, p.dtype) and is_plain(second, p.dtype)
+    if not fits or {True, False} in has_moments.values() or (state['step'] and not moments):
+        raise UsageError(f"{path} is damaged or of another version (the optimizer's moments are not the model's): "
+                         'give another --out_dir, or --resume=False')
+
+
 def trim_log(path, step):
     """Leave in log.jsonl what was written up to the checkpoint of this step; lines may be torn."""
     valid = []
@@ -563,6 +583,7 @@ def train(cfg):
         state = load_checkpoint(ckpt_path)
         changes = check_resume(ckpt_path, state, cfg, meta, ponder_start)
         model = AdaPonderLM.from_state(state, ckpt_path)
+        check_moments(ckpt_path, model, state)
     else:
         state, changes, model = {}, [], initial_model(cfg, meta)
     if cfg.block_size > model.cfg.block_size or meta['vocab_size'] > model.cfg.vocab_size:

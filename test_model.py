@@ -1664,15 +1664,17 @@ def test_blocks_compile_at_the_first_steps_of_a_phase_alone(monkeypatch):
 
 
 def free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return str(s.getsockname()[1])
+    """A port below those that the system gives to other sockets, which could take it before it is used."""
+    for port in random.sample(range(20000, 30000), 100):
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(('127.0.0.1', port))
+            return str(port)
 
 
 def test_two_processes_are_one(trained, tmp_path):
     """Under torchrun, which starts them again when one is killed, two processes train what one process does.
 
-    Other data or config on one is refused, a NaN or SIGTERM on one is everyone's, ZeRO's checkpoint is AdamW's.
+    Other data or config on one is refused, a NaN or SIGTERM on one is everyone's.
     Where all tokens halt, one process may reach a gate that the other does not: AdamW sees every gate, with gradient 0.
     """
     (tmp_path / 'run.py').write_text('''

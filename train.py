@@ -479,7 +479,7 @@ def check_moments(path, model, state):
     """
     moments, has_moments = state['optimizer']['state'], dict(gates=set(), backbone=set())
     parameters = sorted(model.named_parameters(), key=lambda item: item[1].dim() <= 1)  # as in make_optimizer()
-    fits = True
+    fits = moments.keys() <= set(range(len(parameters)))
     for i, (name, p) in enumerate(parameters):
         has_moments['gates' if name.startswith('gates.') else 'backbone'].add(i in moments)
         if i in moments:
